@@ -226,6 +226,7 @@ class Needs:
         every_step: whether it is called after every step with new tokens, too.
         falling_window: it is called, too, when the lowest mean of so many consecutive log-probabilities of a branch falls, from
             its first window on (`Branch.lowest_window`); wants `logprobs`. None: it is not.
+        falling_from: index of the first branch for which `falling_window` holds.
         step_text: a branch pauses after each token whose text contains this; None: never.
         answer: extracts the answer of a finished branch; None: answers are not needed.
         verifier: scores branches; None: there is none.
@@ -237,6 +238,7 @@ class Needs:
     logprobs: bool = False
     every_step: bool = False
     falling_window: int | None = None
+    falling_from: int = 0
     step_text: str | None = None
     answer: AnswerExtractor | None = None
     verifier: Verifier | None = None

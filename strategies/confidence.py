@@ -49,3 +49,25 @@ class Windows:
                     lowest = min(lowest, (self._sums[end] - self._sums[end - window]) / window)
             self._lowest[window] = length, lowest
         return lowest
+
+
+class FallingWindow:
+    """Notices when the lowest mean of `window` consecutive log-probabilities of an output falls; it has the bits of `Windows`.
+
+    Attributes:
+        has_fallen: whether it has, since somebody set this to False.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.has_fallen = False
+        self._window, self._lowest = window, float("inf")
+        self._sums = array("d", [0.0])
+
+    def push(self, logprob: float) -> bool:
+        """Add the next token's log-probability; return whether the lowest mean is less than before, or the first."""
+        sums, window = self._sums, self._window
+        sums.append(sums[-1] + logprob)
+        if len(sums) <= window or (mean := (sums[-1] - sums[-1 - window]) / window) >= self._lowest:
+            return False
+        self._lowest, self.has_fallen = mean, True
+        return True

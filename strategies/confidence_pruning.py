@@ -57,8 +57,14 @@ class ConfidencePruning:
 
     @property
     def needs(self) -> Needs:
-        """Answers, log-probabilities, and a decision when a branch becomes less confident."""
-        return Needs(logprobs=True, falling_window=self.window, answer=self.answer, budget=self.budget)
+        """Answers, log-probabilities, and a decision when a branch after the warm-up becomes less confident."""
+        return Needs(
+            logprobs=True,
+            falling_window=self.window,
+            falling_from=self.warm_up,
+            answer=self.answer,
+            budget=self.budget,
+        )
 
     def decide(self, group: Group) -> Sequence[Action]:
         """Start the warm-up, then the other branches; prune those below the threshold."""

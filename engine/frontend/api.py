@@ -80,6 +80,7 @@ class Update(NamedTuple):
         text: new text, without the stop string, end-of-sequence or stop token that ends the output. Text that may be the
             beginning of a stop string is held back.
         logprobs: one entry per new token if requested, else None.
+        sampled_logprobs: the sampled tokens' alone, where a frontend's own part has asked for these (`Frontend.submit`).
         prompt_logprobs: once, on branch 0, if requested: one entry per prompt token, None for the first.
         expert_load: with `finish_reason`, if requested: number of the branch's computed tokens by layer and expert. A token
             counts once; tokens found in the prefix cache and the last one do not count.
@@ -97,6 +98,7 @@ class Update(NamedTuple):
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[Position, ...] | None = None
+    sampled_logprobs: tuple[float, ...] = ()
     prompt_logprobs: list[Position | None] | None = None
     expert_load: list[list[int]] | None = None
     finish_reason: str | None = None

@@ -119,6 +119,7 @@ class Frontend:
         window: int = WINDOW,
         allowance: int | None = None,
         is_quiet: bool = False,
+        only_sampled: bool = False,
         columns: tuple[ColumnReader, int] | None = None,
         opens_reasoning: bool = False,
         first_branch: int = 0,
@@ -136,6 +137,7 @@ class Frontend:
             window: tokens of a branch that wait to be taken, at most; fewer with log-probabilities.
             allowance: tokens that each branch may sample before `grant` allows more; None: any number.
             is_quiet: whether there is news only when a branch pauses or ends or its window is half full, and not every step.
+            only_sampled: whether log-probabilities come as `Update.sampled_logprobs`, which costs an object a token less.
             columns: gets the tokens, for `take_columns`, under this key of its own; updates then have ends and errors only. All
                 requests of a reader have text, or none has. Not for requests with stop strings or log-probabilities.
             opens_reasoning: whether the prompt ends with the start of reasoning, for columns.
@@ -176,7 +178,8 @@ class Frontend:
             if detokenize and self.tokenizer is not None:
                 stream = self.tokenizer.stream(params.skip_special_tokens)
             load = np.zeros(shape, np.int64) if params.expert_load else None
-            branch = Branch(request, sequence_id, first_branch + index, stream, load, credit, is_quiet=is_quiet)
+            place = sequence_id, first_branch + index
+            branch = Branch(request, *place, stream, load, credit, is_quiet=is_quiet, only_sampled=only_sampled)
             branch.allowance = allowance
             if text := branch.begin_with(tokens[num_prompt:].tolist()):
                 branch.texts.append(text)

@@ -29,7 +29,7 @@ class GroupBranches:
         needs: what the strategy needs.
         name: of the strategy, for messages.
         pause_token_ids: tokens after which a branch pauses.
-        is_quiet: whether branches have news only when they pause or end (`Frontend.submit`).
+        is_quiet: whether branches have news only when they pause, end or fall in confidence (`Frontend.submit`).
         on_submit: called with the frontend's id of each request.
 
     Attributes:
@@ -135,8 +135,7 @@ class GroupBranches:
         for update in updates:
             if update.error is not None:
                 continue
-            positions = self._params.logprobs is not None
-            self.all[update.branch].add(update, logprobs=self._needs.logprobs, positions=positions)
+            self.all[update.branch].add(update, logprobs=self._needs.logprobs)
             self.num_tokens += len(update.token_ids)
             self.num_known += len(update.token_ids)
             if update.branch == 0:
@@ -161,7 +160,8 @@ class GroupBranches:
     def _submit(self, count: int, tokens: np.ndarray, label: str, *, greedy: bool, parent: int | None = None) -> None:
         """Start branches whose known tokens are these."""
         params, first = dataclasses.replace(self._params, n=count), len(self.all)
-        if self._needs.logprobs and params.logprobs is None:
+        only_sampled = self._needs.logprobs and params.logprobs is None
+        if only_sampled:
             params = dataclasses.replace(params, logprobs=0)
         if greedy:
             params = dataclasses.replace(params, temperature=0.0)
@@ -170,6 +170,7 @@ class GroupBranches:
             params,
             self._options,
             is_quiet=self._is_quiet,
+            only_sampled=only_sampled,
             first_branch=first,
             num_prompt_tokens=len(self._tokens),
             parent=parent,
@@ -186,8 +187,11 @@ class GroupBranches:
             run = self.all[branch.index]
             run.sequence_id, run.text = sequence_id, "".join(branch.texts)
             branch.texts.clear()
+            branch.watch = None if run.falling is None else run.falling.push
 
     def _add(self, count: int, number: int, label: str) -> None:
         first = len(self.all)
-        self.all += [BranchRun(index, number, label) for index in range(first, first + count)]
+        for index in range(first, first + count):
+            window = self._needs.falling_window if index >= self._needs.falling_from else None
+            self.all.append(BranchRun(index, number, label, window))
         self.num_live += count

@@ -92,7 +92,7 @@ class GroupRun:
             self._needs,
             self._parts.name,
             pause_token_ids=pause_ids,
-            is_quiet=not (streams or self._needs.watches_tokens or self._needs.budget.tokens is not None),
+            is_quiet=not (streams or self._needs.every_step or self._needs.budget.tokens is not None),
             on_submit=lambda request_id: groups.add(request_id, self),
         )
 
@@ -230,9 +230,10 @@ class GroupRun:
 
     def _note(self, update: Update) -> None:
         branch = self.branches[update.branch]
-        if update.token_ids and self._needs.watches_tokens:
-            window = self._needs.falling_window
-            self._has_news |= self._needs.every_step or (window is not None and branch.has_fallen(window))
+        if update.token_ids and self._needs.every_step:
+            self._has_news = True
+        if branch.falling is not None and branch.falling.has_fallen:
+            self._has_news, branch.falling.has_fallen = True, False
         if branch.is_over or self.done:
             return
         if update.paused:

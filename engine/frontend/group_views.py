@@ -11,7 +11,7 @@ import numpy as np
 from expertwire.engine.frontend.api import Logprob, Position, Update
 from expertwire.engine.frontend.logprobs import sampled_logprob
 from expertwire.strategies.base import Branch, Score, Status
-from expertwire.strategies.confidence import Windows
+from expertwire.strategies.confidence import FallingWindow, Windows
 from expertwire.strategies.verifiers import Candidate
 
 T = TypeVar("T")
@@ -60,11 +60,12 @@ class BranchRun:
         index, label, parent, num_shared, num_forced, step_ends: as in `strategies.base.Branch`.
         request_id: the frontend's request that the branch belongs to.
         sequence_id: of the branch in messages to the controller; None if it had no room for a token of its own.
+        falling: notices when its confidence falls, if the strategy asked for that.
         positions: log-probabilities of its tokens, if the client asked for them.
         problems: why scores are missing, in the order in which they were asked for.
     """
 
-    def __init__(self, index: int, request_id: int, label: str) -> None:
+    def __init__(self, index: int, request_id: int, label: str, falling_window: int | None) -> None:
         self.index = index
         self.label = label
         self.parent: int | None = None
@@ -74,7 +75,8 @@ class BranchRun:
         self.sequence_id: int | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
-        self._windows, self._lowest = Windows(), float("inf")
+        self._windows = Windows()
+        self.falling = None if falling_window is None else FallingWindow(falling_window)
         self.positions: list[Position] = []
         self.text = ""
         self.status = Status.RUNNING
@@ -102,23 +104,16 @@ class BranchRun:
         """True when the branch has ended."""
         return self.status in (Status.FINISHED, Status.PRUNED)
 
-    def add(self, update: Update, *, logprobs: bool, positions: bool) -> None:
+    def add(self, update: Update, *, logprobs: bool) -> None:
         """Add what the engine has sampled."""
         self._view = None
         self.token_ids.extend(update.token_ids)
         self.text += update.text
-        if update.logprobs is not None:
+        self.logprobs.extend(update.sampled_logprobs)
+        if update.logprobs is not None:  # the client has asked for them
             if logprobs:
                 self.logprobs.extend(map(sampled_logprob, update.logprobs))
-            if positions:
-                self.positions.extend(update.logprobs)
-
-    def has_fallen(self, window: int) -> bool:
-        """Return whether the lowest mean of `window` consecutive log-probabilities is less than at the last call."""
-        if len(self.logprobs) < window:
-            return False
-        before, self._lowest = self._lowest, self._windows.lowest(self.logprobs, window)
-        return self._lowest < before
+            self.positions.extend(update.logprobs)
 
     def continue_from(self, parent: BranchRun, num_tokens: int, forced: Sequence[int]) -> None:
         """Begin with the first tokens of another branch, and then with given ones."""
@@ -127,6 +122,9 @@ class BranchRun:
         self.token_ids = [*parent.token_ids[:num_tokens], *forced]
         if parent.logprobs:
             self.logprobs = parent.logprobs[:num_tokens] + [0.0] * len(forced)
+            if self.falling is not None:
+                for logprob in self.logprobs:
+                    self.falling.push(logprob)
         if parent.positions:
             given: list[Position] = [{token: Logprob(0.0, 1, None)} for token in forced]
             self.positions = parent.positions[:num_tokens] + given

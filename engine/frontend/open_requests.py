@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -62,18 +62,19 @@ class Branch:
     Attributes:
         window: tokens that may be sampled and not taken; None if all that it can sample fit.
         news_size: tokens that nobody has taken, from which on they are news.
+        watch: returns whether a token with this log-probability is news; None: that does not matter.
         allowance: tokens that the reader allows beyond those credited; None: any number.
         num_uncredited: tokens taken that no `Credit` has replaced.
         is_paused: whether its last token is one after which it is paused.
-        token_ids, texts, logprobs, prompt_logprobs: output that nobody has taken.
+        token_ids, texts, logprobs, sampled_logprobs, prompt_logprobs: output that nobody has taken; None: not requested.
         finish_reason, stop_reason: set when the branch has ended.
         expert_load: i64 [layers, experts]; None if not requested.
     """
 
     __slots__ = (
         "allowance", "expert_load", "finish_reason", "has_begun", "index", "is_paused", "logprobs", "news_size",
-        "num_tokens", "num_uncredited", "prompt_logprobs", "request", "sequence_id", "stop", "stop_reason", "stream",
-        "texts", "token_ids", "window",
+        "num_tokens", "num_uncredited", "prompt_logprobs", "request", "sampled_logprobs", "sequence_id", "stop",
+        "stop_reason", "stream", "texts", "token_ids", "watch", "window",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +87,7 @@ class Branch:
         window: int | None,
         *,
         is_quiet: bool = False,
+        only_sampled: bool = False,
     ) -> None:
         self.request = request
         self.sequence_id = sequence_id
@@ -96,12 +98,15 @@ class Branch:
         self.num_tokens = 0  # with stop strings
         self.window = window
         self.news_size = 1 if not is_quiet else sys.maxsize if window is None else window // 2
+        self.watch: Callable[[float], bool] | None = None
         self.allowance: int | None = None
         self.num_uncredited = 0
         self.is_paused = False
         self.token_ids: list[int] = []
         self.texts: list[str] = []
-        self.logprobs: list[Position] | None = None if request.params.logprobs is None else []
+        has_logprobs = request.params.logprobs is not None
+        self.logprobs: list[Position] | None = [] if has_logprobs and not only_sampled else None
+        self.sampled_logprobs: list[float] | None = [] if has_logprobs and only_sampled else None
         self.prompt_logprobs: list[Position | None] | None = None
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -162,6 +167,7 @@ class Branch:
             tuple(self.token_ids),
             "".join(self.texts),
             None if self.logprobs is None else tuple(self.logprobs),
+            tuple(self.sampled_logprobs or ()),
             self.prompt_logprobs,
             None if self.expert_load is None or self.finish_reason is None else self.expert_load.tolist(),
             self.finish_reason,
@@ -174,6 +180,8 @@ class Branch:
         self.texts.clear()
         if self.logprobs:
             self.logprobs.clear()
+        if self.sampled_logprobs:
+            self.sampled_logprobs.clear()
         self.prompt_logprobs = None
         return update
 

@@ -101,9 +101,9 @@ class Sequences:
         """Add the tokens of some rows to their branches."""
         stopped: list[int] = []
         sampled: logprobs.SampledLogprobs | None = None
-        sequence_ids, tokens = message.key_O[start:end].tolist(), message.token_O[start:end].tolist()
-        rows = zip(range(start, end), sequence_ids, tokens, message.finish_O[start:end].tolist(), strict=True)
-        for row, sequence_id, token, finish in rows:
+        columns = message.key_O, message.token_O, message.finish_O, message.logprob_O
+        rows = zip(range(start, end), *(column[start:end].tolist() for column in columns), strict=True)
+        for row, sequence_id, token, finish, logprob in rows:
             branch = self._sequences.get(sequence_id)
             if branch is None:
                 self._connection.counts["tokens_late"] += 1
@@ -116,6 +116,9 @@ class Sequences:
             if branch.logprobs is not None:
                 sampled = sampled or logprobs.SampledLogprobs(message, start, end, self._tokenizer)
                 branch.logprobs.append(sampled.of_row(row))
+            elif branch.sampled_logprobs is not None:
+                branch.sampled_logprobs.append(logprob)
+            is_news = branch.watch is not None and branch.watch(logprob)
             if branch.index == 0 and not branch.has_begun:
                 self._begin(branch, int(message.num_cached_O[row]))
             if branch.stop is not None and branch.stop.found is not None:
@@ -124,8 +127,8 @@ class Sequences:
                     stopped.append(sequence_id)
             elif finish:
                 self._finish(branch, finish, token)
-            elif branch.is_paused or (size := len(branch.token_ids)) == 1 or size == branch.news_size:
-                self._announce(branch)
+            elif is_news or branch.is_paused or (size := len(branch.token_ids)) == 1 or size == branch.news_size:
+                self._announce(branch, is_news=is_news or branch.is_paused)
         if stopped:
             self._abort(stopped)
 
@@ -163,12 +166,11 @@ class Sequences:
                 )
                 self._end_with_error(branch.request, RequestError("INTERNAL", text))
 
-    def _announce(self, branch: Branch) -> None:
-        """Note that a branch has output that nobody has taken."""
+    def _announce(self, branch: Branch, *, is_news: bool) -> None:
+        """Note that a branch has output that nobody has taken, and that the request has news, if this or its amount is."""
         request = branch.request
         request.untaken.setdefault(branch.index, branch)
-        has_ended = branch.finish_reason is not None
-        if not request.has_news and (has_ended or branch.is_paused or len(branch.token_ids) >= branch.news_size):
+        if not request.has_news and (is_news or len(branch.token_ids) >= branch.news_size):
             request.has_news = True
             self._news.append(request)
 
@@ -179,7 +181,7 @@ class Sequences:
         self._forget(branch)
         if request.done:
             del self.requests[request.id]
-        self._announce(branch)
+        self._announce(branch, is_news=True)
 
     def _add_expert_load(self, message: StepOutputs) -> None:
         order = np.argsort(message.routed_keys, kind="stable")

@@ -27,8 +27,8 @@ NAN = float("nan")
 class TextFrontend(Frontend):
     """Encodes the prompts that it submits."""
 
-    def submit(self, prompt, params, *options):
-        return super().submit(self.encode(prompt, params), params, *options)
+    def submit(self, prompt, params, *options, **flow):
+        return super().submit(self.encode(prompt, params), params, *options, **flow)
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +307,29 @@ class TestLogprobs:
         controller.say(Row(int(controller.heard()[0].sequence_ids[0]), 50, LENGTH, -2.5, 7))
         [update] = frontend.poll(1.0)
         assert [list(entry) for entry in update.logprobs] == [[50]]
+
+    def test_as_numbers(self, frontend, controller):
+        frontend.submit("a", SamplingParams(logprobs=0), only_sampled=True)
+        wire = int(controller.heard()[0].sequence_ids[0])
+        controller.say(Row(wire, 50, 0, -2.5, 7))
+        controller.say(Row(wire, 51, 0, -0.5, 1))
+        [update] = frontend.poll(1.0)
+        assert (update.logprobs, update.sampled_logprobs) == (None, (-2.5, -0.5))
+        controller.say(Row(wire, 52, LENGTH, -1.5, 2))
+        [update] = frontend.poll(1.0)
+        assert update.sampled_logprobs == (-1.5,)
+
+    def test_may_be_news_of_a_quiet_request(self, frontend, controller):
+        number = frontend.submit("a", SamplingParams(logprobs=0), is_quiet=True, only_sampled=True)
+        wire = int(controller.heard()[0].sequence_ids[0])
+        [branch] = frontend.find(number).running.values()
+        branch.watch = lambda logprob: logprob < -2
+        for logprob in (-1.0, -1.5):
+            controller.say(Row(wire, 50, 0, logprob, 1))
+            assert frontend.poll(0.05) == []
+        controller.say(Row(wire, 51, 0, -2.5, 1))
+        [update] = frontend.poll(1.0)
+        assert (update.token_ids, update.sampled_logprobs) == ((50, 50, 51), (-1.0, -1.5, -2.5))
 
     def test_of_the_prompt_in_chunks(self, frontend, controller):
         frontend.submit([10, 11, 12, 13], SamplingParams(prompt_logprobs=1))

@@ -10,7 +10,7 @@ from helpers.examples import examples
 from hypothesis import given
 
 from expertwire.strategies.base import Branch
-from expertwire.strategies.confidence import Windows
+from expertwire.strategies.confidence import FallingWindow, Windows
 
 
 def lowest_by_definition(logprobs, window):
@@ -43,3 +43,13 @@ def test_views_of_a_branch_share_what_was_computed():
     assert (first.lowest_window(2), later.lowest_window(2), first.lowest_window(2)) == (-1.5, -4.0, -1.5)
     assert later.windows is first.windows
     assert Branch(index=0).windows is not Branch(index=0).windows
+
+
+@examples(100)
+@given(st.lists(st.floats(-20, 0), max_size=60), st.integers(1, 12))
+def test_a_falling_window_notices_each_new_lowest_mean(logprobs, window):
+    falling, lowest = FallingWindow(window), float("inf")
+    for length, logprob in enumerate(logprobs, 1):
+        mean = Windows().lowest(logprobs[:length], window) if length >= window else float("inf")
+        assert falling.push(logprob) == falling.has_fallen == (mean < lowest)
+        falling.has_fallen, lowest = False, min(lowest, mean)
