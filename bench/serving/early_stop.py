@@ -1,7 +1,9 @@
 """`python -m expertwire.bench.serving.early_stop`: how much of the tokens that an early stop saves it saves in wall time.
 
-More prompts than slots, each with branches of a strategy that stops early, beside the same number of branches that all run to
-their ends. Ways alternate in one run, on one engine with the demo model; figures are medians over rounds.
+More prompts than slots, each with branches of a strategy that stops early, beside its *twin*: the same number of branches with
+the same vote, all of which run to their ends. The twin of confidence pruning is a vote by the same confidences, so that both have
+the log-probabilities of all tokens; what these cost is printed by themselves, as the twin's time beside that of a plain vote.
+Ways alternate in one run, on one engine with the demo model; figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from expertwire.deploy.demo_task import make_problem
 from expertwire.strategies import (
     AdaptiveConsistency,
     ConfidencePruning,
+    ConfidenceVote,
     FirstKFinish,
     MajorityVote,
     RegexAnswer,
@@ -27,17 +30,20 @@ from expertwire.strategies.base import Strategy
 
 _DEMO = Path(expertwire.__file__).parent / "demo_model"
 _ANSWER = RegexAnswer(r"answer (\d+)")
-_WITHOUT = "without"
+_WITHOUT, _WITHOUT_LOGPROBS = "without", "without_but_logprobs"
+_WINDOW = 6
+_TWINS = {"confidence_pruning": _WITHOUT_LOGPROBS}  # of others: `_WITHOUT`
 
 
 def strategies(n: int) -> dict[str, Strategy]:
     """Return the strategies by name; all start at most n branches."""
     return {
         _WITHOUT: MajorityVote(n, _ANSWER, stop_when_decided=False),
+        _WITHOUT_LOGPROBS: ConfidenceVote(n, _ANSWER, confidence="lowest_window", window=_WINDOW),
         "majority_vote": MajorityVote(n, _ANSWER),
         "first_k_finish": FirstKFinish(n, 4, _ANSWER),
         "adaptive_consistency": AdaptiveConsistency(n, _ANSWER),
-        "confidence_pruning": ConfidencePruning(n, _ANSWER, warm_up=4, keep_share=0.5, window=6),
+        "confidence_pruning": ConfidencePruning(n, _ANSWER, warm_up=4, keep_share=0.5, window=_WINDOW),
     }
 
 
@@ -67,12 +73,16 @@ def main() -> int:
             for name, strategy in ways.items():
                 rows.setdefault(name, []).append(measure(llm, args, strategy, seed=1 + number))
     found = {name: {key: statistics.median(row[key] for row in each) for key in each[0]} for name, each in rows.items()}
-    base = found[_WITHOUT]
+    found[_WITHOUT_LOGPROBS]["price_of_logprobs"] = found[_WITHOUT_LOGPROBS]["seconds"] / found[_WITHOUT]["seconds"] - 1
     for name, medians in found.items():
+        if name in (_WITHOUT, _WITHOUT_LOGPROBS):
+            continue
+        base = found[_TWINS.get(name, _WITHOUT)]
         saved = {key: 1 - medians[key] / base[key] for key in ("tokens", "seconds", "steps")}
         medians |= {f"{key}_saved": value for key, value in saved.items()}
         if saved["tokens"] > 0:
             medians |= {f"{key}_saved_per_tokens_saved": saved[key] / saved["tokens"] for key in ("seconds", "steps")}
+    for name, medians in found.items():
         print(f"{name:<22}" + "  ".join(f"{key} {value:.3g}" for key, value in medians.items()))
     if args.json is not None:
         options = {key: value for key, value in vars(args).items() if key != "json"}
