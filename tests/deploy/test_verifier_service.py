@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from helpers.certificates import Authority
+from helpers.conservation import conserved_tokens
 
 import expertwire
 from expertwire.deploy.grpc.catalog import Catalog, check_limits, open_catalog
@@ -170,7 +171,7 @@ def test_tls(tmp_path):
 
 def test_the_offline_api_takes_a_service_that_works_and_one_that_dies():
     params = expertwire.SamplingParams(max_tokens=6, ignore_eos=True, seed=3)
-    with expertwire.LLM(DEMO, load_format="mock") as llm:
+    with expertwire.LLM(DEMO, load_format="mock") as llm, conserved_tokens(llm.stats):
         with verifier_of(lambda candidates: [each.token_ids[0] for each in candidates]) as verifier:
             [output] = llm.generate([[5, 6]], params, strategy=BestOfN(4, verifier=verifier), use_tqdm=False)
             assert [each.score for each in output.group.branches] == [

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.conservation import conserved_tokens
 
 import expertwire
 from expertwire.deploy.demo_task import make_problem
@@ -38,6 +39,12 @@ def alone(models):
     """Each model's own outputs."""
     runs = {name: llm.generate(PROMPTS, PARAMS, use_tqdm=False) for name, llm in models.items()}
     return {name: [output.outputs[0] for output in outputs] for name, outputs in runs.items()}
+
+
+@pytest.fixture(autouse=True)
+def _all_tokens_are_counted(models, alone):
+    with conserved_tokens(*(llm.stats for llm in models.values())):
+        yield
 
 
 def generate(models, policy, **options):

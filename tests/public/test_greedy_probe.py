@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from helpers.conservation import conserved_tokens
+
 import expertwire
 from expertwire.deploy.demo_task import make_problem
 from expertwire.deploy.demo_verifiers import process
@@ -21,15 +23,11 @@ def test_the_first_branch_is_greedy_and_the_others_are_those_of_the_seed():
         alone = llm.generate(problems, greedy, use_tqdm=False)
         both = expertwire.SamplingParams(temperature=0.8, seed=3, max_tokens=64, n=2)
         branches = llm.generate(problems, both, use_tqdm=False)
-        outputs = llm.generate(problems, sampled, strategy=strategy, use_tqdm=False)
-        stats = llm.stats()
+        with conserved_tokens(llm.stats):
+            outputs = llm.generate(problems, sampled, strategy=strategy, use_tqdm=False)
     for own, two, output in zip(alone, branches, outputs, strict=True):
         first, second, *searched = output.group.branches
         assert first.token_ids == own.outputs[0].token_ids
         assert second.token_ids == two.outputs[1].token_ids
         assert bool(searched) == (first.score + second.score < 1)
     assert len({len(output.group.branches) for output in outputs}) > 1
-    tokens = sum(output.group.tokens.kept + output.group.tokens.pruned for output in outputs)
-    plain = sum(len(one.token_ids) for output in [*alone, *branches] for one in output.outputs)
-    counted = tokens + plain + stats["groups"].get("tokens_late", 0) + stats["tokens_dropped"]
-    assert counted == stats["tokens_sampled"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.conservation import conserved_tokens
 
 import expertwire
 from expertwire.deploy.demo_task import check, first_wrong_step, make_problem
@@ -16,6 +16,7 @@ from expertwire.strategies import (
     BeamSearch,
     BestOfN,
     Budget,
+    ConfidenceVote,
     MajorityVote,
     Needs,
     RegexAnswer,
@@ -47,21 +48,12 @@ def demo():
         yield llm
 
 
-@contextlib.contextmanager
-def conserved_tokens(llm):
-    """Check that what groups count within the block adds up to what the engine counts."""
-
-    def counts():
-        llm.stats()  # tokens that are on their way come before its answer
-        stats = llm.stats()
-        groups = stats["groups"]
-        counted = sum(groups.get(f"tokens_{fate}", 0) for fate in ("kept", "pruned", "late"))
-        return counted + stats["tokens_dropped"], stats["tokens_sampled"]
-
-    counted, sampled = counts()
-    yield
-    counted_then, sampled_then = counts()
-    assert counted_then - counted == sampled_then - sampled > 0
+@pytest.fixture(autouse=True)
+def plain_tokens(request):
+    """In every test all tokens are counted. It adds to this list those of plain requests."""
+    engines = [request.getfixturevalue(name) for name in ("llm", "demo") if name in request.fixturenames]
+    with conserved_tokens(*(engine.stats for engine in engines)) as plain:
+        yield plain
 
 
 def test_best_of_n_returns_the_branch_with_the_highest_score(llm):
@@ -79,10 +71,11 @@ def test_best_of_n_returns_the_branch_with_the_highest_score(llm):
         assert (output.group.tokens.kept, output.group.tokens.pruned) == (5 * 12, 0)
 
 
-def test_branches_are_those_of_n_outputs_with_the_same_seed(llm):
+def test_branches_are_those_of_n_outputs_with_the_same_seed(llm, plain_tokens):
     params = SamplingParams(max_tokens=9, ignore_eos=True, seed=77)
     [grouped] = llm.generate([[1, 2]], params, strategy=BestOfN(4, verifier=most_tokens_even), use_tqdm=False)
     [plain] = llm.generate([[1, 2]], SamplingParams(max_tokens=9, ignore_eos=True, seed=77, n=4), use_tqdm=False)
+    plain_tokens.append(4 * 9)
     assert [branch.token_ids for branch in grouped.group.branches] == [output.token_ids for output in plain.outputs]
     assert [branch.text for branch in grouped.group.branches] == [output.text for output in plain.outputs]
 
@@ -90,8 +83,7 @@ def test_branches_are_those_of_n_outputs_with_the_same_seed(llm):
 def test_a_token_budget_ends_the_group(llm):
     strategy = BestOfN(4, score="mean_logprob", budget=Budget(tokens=100))
     params = SamplingParams(max_tokens=500, ignore_eos=True)
-    with conserved_tokens(llm):
-        [output] = llm.generate([[1, 2]], params, strategy=strategy, use_tqdm=False)
+    [output] = llm.generate([[1, 2]], params, strategy=strategy, use_tqdm=False)
     assert {branch.fate for branch in output.group.branches} == {"pruned"}
     assert 100 <= sum(branch.num_own_tokens for branch in output.group.branches) < 4 * 500
 
@@ -162,8 +154,7 @@ def test_best_of_n_with_the_exact_verifier_solves_more_than_one_sample(demo):
         return [float(check(by_prompt[candidate.prompt], candidate.text)) for candidate in candidates]
 
     params = SamplingParams(temperature=0.7, max_tokens=64, seed=3)
-    with conserved_tokens(demo):
-        outputs = demo.generate([*by_prompt], params, strategy=BestOfN(8, verifier=exact), use_tqdm=False)
+    outputs = demo.generate([*by_prompt], params, strategy=BestOfN(8, verifier=exact), use_tqdm=False)
     solved = [check(by_prompt[output.prompt], output.outputs[0].text) for output in outputs]
     first = [check(by_prompt[output.prompt], output.group.branches[0].text) for output in outputs]
     assert sum(solved) > sum(first)
@@ -174,14 +165,24 @@ def test_majority_vote_prunes_what_cannot_change_the_answer(demo):
     problem = make_problem("SUM", 3, 5)
     strategy = MajorityVote(16, answer=RegexAnswer(r"answer (\d+)"))
     params = SamplingParams(temperature=0.7, max_tokens=64, seed=3)
-    with conserved_tokens(demo):
-        [output] = demo.generate([problem.prompt], params, strategy=strategy, use_tqdm=False)
+    [output] = demo.generate([problem.prompt], params, strategy=strategy, use_tqdm=False)
     assert output.group.answer == str(problem.answer)
     assert output.group.weights[str(problem.answer)] == max(output.group.weights.values())
     assert f"answer {problem.answer}" in output.outputs[0].text
 
 
-def test_a_fork_continues_the_tokens_of_its_parent(llm):
+def test_confidences_are_the_same_whatever_log_probabilities_the_client_asks_for(demo):
+    vote, found = ConfidenceVote(4, RegexAnswer(r"answer (\d+)")), []
+    for logprobs in (None, 0, 2):
+        params = SamplingParams(max_tokens=64, seed=3, logprobs=logprobs)
+        [output] = demo.generate(["SUM 40 70 15 61 ?"], params, strategy=vote, use_tqdm=False)
+        found.append((output.group.weights, output.outputs[0].token_ids))
+        assert (output.outputs[0].logprobs is None) == (logprobs is None)
+    assert found[0][0]
+    assert found == [found[0]] * 3
+
+
+def test_a_fork_continues_the_tokens_of_its_parent(llm, plain_tokens):
     @dataclass(frozen=True)
     class Forks:
         needs = Needs(logprobs=True, forced_texts=("12 + 7",))
@@ -199,8 +200,7 @@ def test_a_fork_continues_the_tokens_of_its_parent(llm):
             return Selection(branches=tuple(range(len(group.branches))))
 
     params = SamplingParams(max_tokens=12, ignore_eos=True, seed=9, logprobs=0)
-    with conserved_tokens(llm):
-        [output] = llm.generate([[1, 2, 3]], params, strategy=Forks(), use_tqdm=False)
+    [output] = llm.generate([[1, 2, 3]], params, strategy=Forks(), use_tqdm=False)
     parent, *children = output.group.branches
     assert [(branch.parent, branch.num_shared) for branch in children] == [(0, 5), (0, 5), (0, 9), (0, 12)]
     forced = llm.tokenizer.encode("12 + 7", add_special_tokens=False)
@@ -208,6 +208,7 @@ def test_a_fork_continues_the_tokens_of_its_parent(llm):
     assert children[2].token_ids[:9] == parent.token_ids[:6] + forced
     assert children[3].token_ids == parent.token_ids  # there was no room for more
     [plain] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=12, ignore_eos=True, seed=9, n=4), use_tqdm=False)
+    plain_tokens.append(4 * 12)
     for index in (1, 2):  # draws of a token depend on seed, branch and position alone
         assert output.group.branches[index].token_ids[5:] == plain.outputs[index].token_ids[5:]
     for branch, completion in zip(output.group.branches, output.outputs, strict=True):
@@ -224,7 +225,6 @@ def test_beams_pause_after_each_step(demo):
 
     strategy = BeamSearch(8, 2, verifier=exact, step_text=";")
     params = SamplingParams(temperature=0.7, max_tokens=64, seed=3)
-    with conserved_tokens(demo):
-        [output] = demo.generate([problem.prompt], params, strategy=strategy, use_tqdm=False)
+    [output] = demo.generate([problem.prompt], params, strategy=strategy, use_tqdm=False)
     assert check(problem, output.outputs[0].text)
     assert any(branch.parent is not None for branch in output.group.branches)
