@@ -1,4 +1,4 @@
-"""Admission: whether a request can be served, and which waiting ones start in a step on which ranks.
+"""Admission: which waiting requests start in a step on which ranks.
 
 `rows` are rows of the running batch. P ranks, A requests, B blocks, C KV cache groups, Q entries of
 a hash table, S scheduled requests, Z slots of all ranks.
@@ -6,7 +6,6 @@ a hash table, S scheduled requests, Z slots of all ranks.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -14,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from expertwire.scheduler._compiled import admissions as loops
-from expertwire.scheduler._compiled import blocks as block_loops
+from expertwire.scheduler._compiled import prefixes as prefix_loops
 from expertwire.scheduler._compiled.admissions import Budget, Candidates, Decisions
-from expertwire.scheduler._compiled.blocks import LEADER, NONE, Caches
-from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler._compiled.blocks import LEADER, NONE
+from expertwire.scheduler.block_copies import TailCopies
 from expertwire.scheduler.groups import WaitingGroups
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.policy import Policy
@@ -110,6 +109,7 @@ class Admission:
     def __init__(
         self,
         batch: RunningBatch,
+        copies: TailCopies,
         queue: WaitingQueue,
         policy: Policy,
         balancing: LoadBalancing,
@@ -117,7 +117,7 @@ class Admission:
         *,
         quotas_hold: bool = False,
     ) -> None:
-        self._batch, self._queue, self._groups = batch, queue, groups
+        self._batch, self._copies, self._queue, self._groups = batch, copies, queue, groups
         self._policy, self._balancing = policy, balancing
         self._quotas_hold = quotas_hold
         self.make_room: MakeRoom | None = None  # for a request that fits nowhere
@@ -191,7 +191,9 @@ class Admission:
         for key, (row, num_common) in self.forks.items():
             child, rank = self._queue.get(key), int(batch.rank_Z[row])
             num_tokens = len(child.tokens)
-            num_cached = 0 if batch.draining_Z[row] else batch.num_shareable(row, min(num_common, num_tokens - 1))
+            num_cached = (
+                0 if batch.draining_Z[row] else self._copies.num_shareable(row, min(num_common, num_tokens - 1))
+            )
             loops.blocks_needed(batch.caches, num_tokens - num_cached, needed_C)
             needed_C = np.minimum(needed_C + 1, batch.caches.most_C)  # as the last block may have to be copied
             if num_cached and loops.fits(budget, rank, needed_C) and (may_start is None or may_start(child)):
@@ -324,7 +326,7 @@ class Admission:
             return 0
         num_hashes = self._num_hashes(records([request]))[0]
         blocks, max_misses = self._batch.pool.blocks, self._batch.caches.max_misses
-        depth, _ = block_loops.guess_prefix(blocks, request.block_hashes[:num_hashes], max_misses)
+        depth, _ = prefix_loops.guess_prefix(blocks, request.block_hashes[:num_hashes], max_misses)
         return depth * self._batch.config.block_size
 
     def _candidates(self, requests: Sequence[Request]) -> Candidates:
@@ -351,65 +353,3 @@ class Admission:
         its prompt's log-probabilities needs all of its prompt computed.
         """
         return np.where(record_A["reads_cache"], (record_A["num_tokens"] - 1) // self._batch.config.block_size, 0)
-
-
-def token_limit(request: Request, config: SchedulerConfig) -> int:
-    """Return the most prompt and output tokens: `max_tokens` is cut to what `max_model_len` leaves for it."""
-    length = len(request.prompt)
-    return length + request.params.most_output_tokens(length, config.max_model_len)
-
-
-def is_long(request: Request, config: SchedulerConfig) -> bool:
-    """Return whether the request, whose `limit` is set, computes more tokens than the model's original context has.
-
-    The last token is never computed. Without `max_tokens` nobody knows how many there will be: the known ones count.
-    """
-    if config.original_max_position_embeddings is None:
-        return False
-    num_tokens = len(request.tokens) if request.params.max_tokens is None else request.limit - 1
-    return num_tokens > config.original_max_position_embeddings
-
-
-class Capacity(NamedTuple):
-    """The most tokens of one request that a rank can keep, and the cache that limits them."""
-
-    num_tokens: int
-    cache: int
-
-
-def capacity(caches: Caches, num_blocks_C: np.ndarray) -> Capacity:
-    """Return the least of the caches' capacities. `num_blocks_C`: usable blocks of each cache on one rank."""
-    return min(
-        Capacity(num_blocks * size if most > num_blocks else sys.maxsize, cache)
-        for cache, (num_blocks, size, most) in enumerate(
-            zip(num_blocks_C.tolist(), caches.size_C.tolist(), caches.most_C.tolist(), strict=True)
-        )
-    )
-
-
-def why_invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Capacity) -> str | None:
-    """Return why the request, whose `limit` is set, can never be served, or None. Fronts have checked its token ids."""
-    length = len(request.prompt)
-    assert block_loops.all_below(request.tokens, config.vocab_size), (
-        f"request {request.key} has ids not in the vocabulary"
-    )
-    if length == 0:
-        return "prompt must have at least 1 token, got 0"
-    if length >= config.max_model_len:
-        return (
-            f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
-            f"(max_model_len = {config.max_model_len}, of which one is for the output)"
-        )
-    if len(request.tokens) >= request.limit:
-        return (
-            f"prompt ({length} tokens) and the output that it begins with ({len(request.output)}) must be less than "
-            f"{request.limit} tokens (prompt and max_tokens, or max_model_len)"
-        )
-    if request.limit - 1 > most.num_tokens:  # the last token is never computed
-        size, most_blocks = int(caches.size_C[most.cache]), int(caches.most_C[most.cache])
-        return (
-            f"prompt ({length} tokens) and max_tokens ({request.limit - length} after max_model_len) need "
-            f"{min(-(-(request.limit - 1) // size), most_blocks)} cache blocks; a rank has {most.num_tokens // size}, which is "
-            f"enough for {most.num_tokens + 1} tokens in all"
-        )
-    return None

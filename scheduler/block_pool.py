@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from expertwire.scheduler._compiled import blocks as block_loops
+from expertwire.scheduler._compiled import prefixes as prefix_loops
 from expertwire.scheduler._compiled.blocks import END, IN_USE, UNHASHED
 from expertwire.scheduler._compiled.heap import WORTH
 
@@ -99,7 +101,7 @@ class BlockPool:
         counts_P, free_P = np.bincount(rank_B, minlength=self.num_ranks), self.num_free_CP[cache]
         assert (counts_P <= free_P).all(), f"cache {cache}: asked for {counts_P} blocks, free are {free_P}"
         ids_B = np.zeros(len(rank_B), np.int32)
-        block_loops.take(self.blocks, self._owner(cache, rank_B), ids_B)
+        prefix_loops.take(self.blocks, self._owner(cache, rank_B), ids_B)
         return ids_B
 
     def free(self, cache: int, rank_B: np.ndarray, ids_B: np.ndarray) -> None:
@@ -119,6 +121,12 @@ class BlockPool:
     def num_used(self, cache: int) -> np.ndarray:
         """Return the number of blocks with references: i64 [P]."""
         return self.num_blocks_C[cache] - self.num_free_CP[cache]
+
+    def stats(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return how many blocks each cache has on a rank, and how many are used and were evicted on each, by name."""
+        used_CP = self.num_blocks_C[:, None] - self.num_free_CP
+        numbers = {"blocks": self.num_blocks_C, "blocks_used": used_CP, "blocks_evicted": self.num_evicted_CP}
+        return {key: dict(zip(names, values.tolist(), strict=True)) for key, values in numbers.items()}
 
     def check_integrity(self) -> None:
         """Assert that every block is either free or referenced, and found by its hash."""
@@ -140,7 +148,7 @@ class BlockPool:
             assert (refs_B >= 0).all(), (cache, rank)
         hashed_B = np.flatnonzero(self.blocks.block_B["chain"] != UNHASHED)
         number_B = np.zeros(len(hashed_B), np.int32)
-        assert block_loops.walk_chains(self.blocks, number_B) == len(hashed_B), (
+        assert prefix_loops.walk_chains(self.blocks, number_B) == len(hashed_B), (
             "a bucket has a wrong block, or lacks one"
         )
         assert np.array_equal(np.sort(number_B), hashed_B), "a block with a hash is missing from its bucket"

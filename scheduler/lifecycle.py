@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertwire.scheduler.admission import Admission, is_long
+from expertwire.scheduler.admission import Admission
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.groups import WaitingGroups
+from expertwire.scheduler.limits import is_long
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.running import RunningBatch

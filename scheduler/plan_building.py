@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from expertwire.scheduler._compiled.steps import StepSchedule
+from expertwire.scheduler.block_copies import BlockCopies
 from expertwire.scheduler.plan import StepPlan, pack_lists
 from expertwire.scheduler.request import Request
-from expertwire.scheduler.running import BlockCopies, RunningBatch
+from expertwire.scheduler.running import RunningBatch
 
 
 def plan_fields(

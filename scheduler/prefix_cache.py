@@ -17,7 +17,7 @@ import hashlib
 
 import numpy as np
 
-from expertwire.scheduler._compiled import blocks as block_loops
+from expertwire.scheduler._compiled import prefixes as prefix_loops
 
 _SALT_WORDS = 8
 _MAX_SALTS = 1024  # sums kept in memory
@@ -59,5 +59,5 @@ class BlockHasher:
         `is_long`: as in `Request`; equal tokens of a long and of a short request have other hashes.
         """
         hash_B2 = np.empty((len(tokens) // self.block_size + 2, 2), np.uint64)
-        block_loops.hash_blocks(self.factors_B4s, tokens, self.empty(tenant, salt, is_long), hash_B2)
+        prefix_loops.hash_blocks(self.factors_B4s, tokens, self.empty(tenant, salt, is_long), hash_B2)
         return hash_B2

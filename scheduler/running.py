@@ -13,7 +13,6 @@ tokens in a block, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,32 +47,8 @@ class Admissions(NamedTuple):
     hash_B2: np.ndarray  # u64, see `Request.block_hashes`
 
 
-class BlockCopies(NamedTuple):
-    """Blocks to copy, sorted by rank; i32."""
-
-    rank_M: np.ndarray
-    cache_M: np.ndarray
-    from_M: np.ndarray
-    to_M: np.ndarray
-
-    def joined(self, others: BlockCopies) -> BlockCopies:
-        """Return these and other copies."""
-        return (
-            _by_rank([self, others]) if len(self.rank_M) and len(others.rank_M) else max(self, others, key=_num_copies)
-        )
-
-
-class NewTails(NamedTuple):
-    """Last blocks of rows that started as followers: they get what their leaders' hold before the next step."""
-
-    rows: np.ndarray
-    from_CS: np.ndarray  # block ids; -1 where the last block is full, and shared
-    to_CS: np.ndarray
-
-
 _NO_ROWS = np.zeros(0, np.int64)
 NO_ADMISSIONS = Admissions([], _NO_ROWS, _NO_ROWS, _NO_ROWS, _NO_ROWS, _NO_ROWS, np.zeros(0, REQUEST_DTYPE), NO_HASHES)
-_NO_COPIES = BlockCopies(_NO_INTS, _NO_INTS, _NO_INTS, _NO_INTS)
 
 
 def describe(specs: Sequence[CacheSpec], config: SchedulerConfig) -> Caches:
@@ -158,7 +133,6 @@ class RunningBatch:
             hash_ZB2=self._hash_ZB2,
             sum_Z4=self._sum_Z4,
         )
-        self._new_tails: list[NewTails] = []
         self._selected_Z = np.zeros((2, num_rows), np.int64)
 
     def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
@@ -227,87 +201,6 @@ class RunningBatch:
         step_loops.missing_blocks(self.caches, self.arrays, rows, num, missing_CS)
         return missing_CS
 
-    def shortage(self, rows: np.ndarray, num: np.ndarray, missing_CP: np.ndarray) -> np.ndarray:
-        """Return how many blocks must be taken from running requests so that the others can go on: i64 [C, P].
-
-        A row that begins a recurrent state leaves the one before in the next plan. So where all branches of a group begin one in
-        the same step, and there is one for the most urgent row, some wait a step for the states of others, and none are taken.
-        """
-        short_CP = np.maximum(missing_CP - self.pool.num_free_CP, 0)
-        states_C = np.array([spec.kind == "state" for spec in self.specs])
-        if not short_CP[states_C].any():
-            return short_CP
-        missing_CS = self.missing_blocks(rows, num)
-        served_S, rank_S = self.serve_blocks(rows, missing_CS), self.rank_Z[rows]
-        for rank in np.flatnonzero(short_CP[states_C].any(axis=0)):
-            on_rank = np.flatnonzero(rank_S == rank)
-            first = on_rank[np.lexsort((self.order_Z[rows[on_rank]], self.priority_Z[rows[on_rank]]))[0]]
-            begun_C = (missing_CS[:, on_rank] * served_S[on_rank]).any(axis=1)
-            if served_S[first]:
-                short_CP[states_C & begun_C, rank] = 0
-        return short_CP
-
-    def choose_victims(self, short_CP: np.ndarray, share_Z: np.ndarray | None = None) -> np.ndarray:
-        """Return the rows to preempt, ascending, so that `short_CP` more blocks become free.
-
-        Those of the tenant with the largest share first, if shares are given; of these the least urgent,
-        of these the one with the fewest tokens to recompute, then the latest. One whose next block would
-        be its last is spared while there are others of the tenant. A rank's most urgent request that is not paused, the
-        oldest of equals, is never preempted: it makes progress, so that all do in the end.
-        """
-        chosen: list[int] = []
-        for rank in np.flatnonzero(short_CP.any(axis=0)):
-            first, last = self.bounds_P1[rank : rank + 2]
-            rows = first + np.flatnonzero(self.running_Z[first:last] & ~self.draining_Z[first:last])
-            rows = rows[np.lexsort((self.order_Z[rows], self.priority_Z[rows]))]
-            rows = np.delete(rows, np.flatnonzero(~self.paused_Z[rows])[:1])
-            about_to_finish = self.limit_Z[rows] - self.num_tokens_Z[rows] <= self.config.block_size
-            over = np.zeros(len(rows)) if share_Z is None else -share_Z[rows]
-            keys = (-self.order_Z[rows], self.num_computed_Z[rows], -self.priority_Z[rows], about_to_finish, over)
-            short_C = short_CP[:, rank].copy()
-            for row in rows[np.lexsort(keys)].tolist():
-                if not (short_C > 0).any():
-                    break
-                chosen.append(row)
-                for cache in range(len(short_C)):
-                    refs = self.pool.refs_CPB[cache, rank, self.blocks_of(cache, row)]
-                    short_C[cache] -= np.count_nonzero(refs == 1)
-        return np.sort(np.array(chosen, np.int64))
-
-    def serve_blocks(self, rows: np.ndarray, missing_CS: np.ndarray) -> np.ndarray:
-        """Return which rows get their missing blocks, the most urgent and oldest first: bool [S]."""
-        free_CP = self.pool.num_free_CP.copy()
-        served_S = np.ones(len(rows), bool)
-        for i in np.lexsort((self.order_Z[rows], self.priority_Z[rows])).tolist():
-            missing_C = missing_CS[:, i]
-            if not missing_C.any():
-                continue
-            free_C = free_CP[:, self.rank_Z[rows[i]]]
-            served_S[i] = (missing_C <= free_C).all()
-            if served_S[i]:
-                free_C -= missing_C
-        return served_S
-
-    def unshare_tails(self, rows: np.ndarray) -> BlockCopies:
-        """Copy on write: give forks that are about to write into a shared block one of their own."""
-        if not len(rows):
-            return _NO_COPIES
-        parts = []
-        for cache, (size, every) in enumerate(
-            zip(self.caches.size_C.tolist(), self.caches.every_C.tolist(), strict=True)
-        ):
-            # A parent may go on in the block of a state at any token.
-            inside = (self.num_computed_Z[rows] % size > 0) | (every > 1)
-            row_M, rank_M = rows[inside], self.rank_Z[rows[inside]]
-            index_M = (self.num_computed_Z[row_M] - 1) // size
-            from_M = self.block_ids_CZW[cache, row_M, index_M]
-            assert (self.pool.refs_CPB[cache, rank_M, from_M] > 1).all(), "a fork shares no block"
-            to_M = self.pool.allocate(cache, rank_M)
-            self.pool.free(cache, rank_M, from_M)
-            self.block_ids_CZW[cache, row_M, index_M] = to_M
-            parts.append((rank_M, np.full(len(row_M), cache), from_M, to_M))
-        return _by_rank(parts)
-
     def schedule(
         self,
         number: int,
@@ -343,47 +236,7 @@ class RunningBatch:
             np.empty(most, np.int32),
             *np.empty((2, len(step.slot_S)), np.int64),
         )
-        if len(follow := np.flatnonzero(leaders != new_rows)):
-            rows = new_rows[follow]
-            self._new_tails.append(NewTails(rows, self._tails(leaders[follow], rows), self._tails(rows, rows)))
         return step if count == most else step._replace(block_4B=step.block_4B[:, :count].copy())
-
-    def _tails(self, rows: np.ndarray, like: np.ndarray) -> np.ndarray:
-        """Return the rows' blocks of the last tokens that the rows `like` have computed, i32 [C, S]; -1 where these are full."""
-        num_S = self.num_computed_Z[like]
-        return np.stack(
-            [
-                np.where(num_S % size > 0, self.block_ids_CZW[cache, rows, num_S // size], -1)
-                for cache, size in enumerate(self.caches.size_C.tolist())
-            ]
-        )
-
-    def copy_new_tails(self) -> BlockCopies:
-        """Return the copies due before the next step: of the last blocks of the leaders whose followers have started."""
-        if not self._new_tails:
-            return _NO_COPIES
-        parts = []
-        for rows, from_CS, to_CS in self._new_tails:
-            caches, places = np.nonzero((from_CS >= 0) & self.running_Z[rows])
-            ids = from_CS[caches, places], to_CS[caches, places]
-            parts.append((self.rank_Z[rows[places]], caches, *ids))
-        self._new_tails.clear()
-        return _by_rank(parts)
-
-    def num_shareable(self, row: int, most: int) -> int:
-        """Return how many of a row's first tokens, `most` at most, a fork can share, or 0.
-
-        A state exists for all computed tokens, and where a snapshot was kept; behind a snapshot it
-        has changed.
-        """
-        if any(row in tails.rows for tails in self._new_tails):
-            return 0  # what its last block will hold is not there yet
-        num = int(self.num_computed_Z[row])
-        if num > most:
-            every = math.lcm(*(spec.snapshot_every or 1 for spec in self.specs))
-            num = most // every * every
-        first_C = np.maximum(num - self.caches.window_C + 1, 0) // self.caches.size_C
-        return num if (self.tables_CZ["num_dropped"][:, row] <= first_C).all() else 0
 
     def append_sampled(
         self,
@@ -484,14 +337,3 @@ class RunningBatch:
             for row in rows.tolist():
                 np.add.at(refs_CPB[cache, self.rank_Z[row]], self.blocks_of(cache, row), 1)
         assert np.array_equal(refs_CPB, self.pool.refs_CPB), "the block tables and the pool disagree on references"
-
-
-def _num_copies(copies: BlockCopies) -> int:
-    return len(copies.rank_M)
-
-
-def _by_rank(parts: Sequence[Sequence[np.ndarray]]) -> BlockCopies:
-    """Return copies joined; each part has the fields of `BlockCopies`."""
-    copies = BlockCopies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
-    by_rank = np.argsort(copies.rank_M, kind="stable")
-    return BlockCopies(*(part[by_rank] for part in copies))

@@ -8,10 +8,10 @@ plans carry no sampled tokens, and a step can be planned while the one before ru
 Everything is a function of the calls made, their `now` included: the same calls give the same
 plans, byte by byte.
 
-Modules: `request` (and whether it can be served), `queue` and `policy` (the order), `admission`
-(which requests start), `load_balancing` (on which rank), `running` (what runs, and who is
-preempted), `block_pool` and `prefix_cache`, `plan` (messages to and from the ranks) and
-`plan_building`, `outputs`, and `_compiled` (loops over all of these).
+Modules: `request` and `limits` (whether it can be served), `queue` and `policy` (the order), `admission`
+(which requests start), `load_balancing` (on which rank), `running` (what runs), `preemption` (who gives up its blocks),
+`block_pool`, `prefix_cache` and `block_copies`, `plan` (messages to and from the ranks) and `plan_building`, `outputs`,
+`completion` (which requests end), and `_compiled` (loops over all of these).
 
 P ranks, A admitted requests, S scheduled requests, O sampled tokens, V vocabulary, C KV cache
 groups, B blocks added to block tables, Z slots of all ranks. `rows` are rows of the running batch.
@@ -29,18 +29,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expertwire.scheduler._compiled.blocks import LEADER
-from expertwire.scheduler._compiled.steps import CHECK_IDS, MAY_PAUSE, MAY_STOP, SUSPENDED, StepSchedule
-from expertwire.scheduler.admission import Admission, capacity, token_limit, why_invalid
+from expertwire.scheduler._compiled.steps import MAY_PAUSE, MAY_STOP, StepSchedule
+from expertwire.scheduler.admission import Admission
+from expertwire.scheduler.block_copies import TailCopies
 from expertwire.scheduler.block_pool import BlockPool
+from expertwire.scheduler.completion import Completion
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
 from expertwire.scheduler.groups import WaitingGroups
 from expertwire.scheduler.lifecycle import Lifecycle
+from expertwire.scheduler.limits import capacity, token_limit, why_invalid
 from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
-from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs, gather
+from expertwire.scheduler.outputs import Rejection, StepOutputs
 from expertwire.scheduler.pauses import Pauses
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult, to_offsets
 from expertwire.scheduler.plan_building import build_plan, plan_fields
 from expertwire.scheduler.policy import FairShare, Fcfs, Policy
+from expertwire.scheduler.preemption import Preemption
 from expertwire.scheduler.queue import AdmissionRate, WaitingQueue, reject
 from expertwire.scheduler.request import NO_HASHES, Request
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
@@ -99,30 +103,34 @@ class Scheduler:
         self._policy = policy or Fcfs()
         # Some checkpoints name ids outside the vocabulary, which are never sampled.
         self._eos_token_ids = tuple(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
-        self._eos_ids = np.array(self._eos_token_ids, np.int64)
         weighs_C = [spec.kind == "state" for spec in cache_specs]
         self._pool = BlockPool(config.num_usable_blocks(len(cache_specs)), config.num_ranks, weighs_C)
         self._batch = RunningBatch(config, cache_specs, self._pool)
+        self._copies = TailCopies(self._batch)
         self._capacity = capacity(self._batch.caches, self._pool.num_blocks_C)
         self._queue = WaitingQueue()
-        self._tenants = TenantAccounts(config.tenant_quotas, config.default_tenant_quota)
+        self._tenants = tenants = TenantAccounts(config.tenant_quotas, config.default_tenant_quota)
         balancing = balancing or LeastLoaded()
         groups = WaitingGroups(config.num_ranks)
         self._admission = Admission(
-            self._batch, self._queue, self._policy, balancing, groups, quotas_hold=self._tenants.quotas_hold
+            self._batch, self._copies, self._queue, self._policy, balancing, groups, quotas_hold=tenants.quotas_hold
         )
-        self._lifecycle = Lifecycle(config, self._batch, self._queue, groups, self._tenants, self._admission)
+        self._lifecycle = Lifecycle(config, self._batch, self._queue, groups, tenants, self._admission)
         self._groups, self._running, self._held = groups, self._lifecycle.running, self._lifecycle.held
-        self._pauses = Pauses(self._batch, self._lifecycle, self._tenants)
+        self._pauses = Pauses(self._batch, self._lifecycle, tenants)
+        self._preemption = Preemption(self._batch, self._lifecycle)
         self._sharing: Sharing | None = None
         if isinstance(self._policy, FairShare):
-            self._sharing = Sharing(self._policy, self._batch, self._running, self._preempt_now)
+            self._sharing = Sharing(self._policy, self._batch, self._running, self._preemption.suspend_now)
+            self._preemption.shares = self._sharing.share_Z
             self._admission.make_room = self._sharing.make_room
         # The ids at which requests so far stop or pause: `MAY_STOP` and `MAY_PAUSE`.
         self._special_V = np.zeros(config.vocab_size, np.uint8)
+        eos_ids = np.array(self._eos_token_ids, np.int64)
+        self._completion = Completion(self._batch, self._lifecycle, self._pauses, eos_ids, self._special_V)
         self._in_flight: deque[_InFlight] = deque()
         self._rate = AdmissionRate()
-        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "preemptions": 0, "non_finite": 0}
+        self._counts = {"prompt_tokens": 0, "cached_tokens": 0}
         self._num_plans = 0
         no_tokens, no_offsets = np.zeros(0, np.int32), np.zeros(1, np.int32)
         self._no_admissions = plan_fields([], NO_ADMISSIONS.record_A, no_tokens, no_offsets, self._eos_token_ids)
@@ -249,7 +257,7 @@ class Scheduler:
         released = self._lifecycle.release()
         share = self._sharing
         rows, num, tokens_P, missing_CP = batch.select() if share is None else share.select(self._queue.num_of)
-        rows, num, preempted = self._preempt(rows, num, missing_CP)
+        rows, num, preempted = self._preemption.serve(rows, num, missing_CP)
         admissions, rows, num, suspended = self._choose(rows, num, tokens_P)
         if len(preempted) or len(suspended):
             released = np.sort(np.concatenate((released, preempted, suspended)))
@@ -258,16 +266,17 @@ class Scheduler:
         self._rate.admitted(len(admissions.requests), now)
         if not (len(rows) or admissions.requests or len(released) or report_load or moves):
             return None
-        copies = batch.copy_new_tails()
+        copies = self._copies.due()
         new_rows, new = _NO_ROWS, self._no_admissions
         if admissions.requests:
             new_rows, new = self._admit(admissions)
-        copies = copies.joined(batch.unshare_tails(new_rows[admissions.parent_A >= 0]))
+        copies = copies.joined(self._copies.unshare(new_rows[admissions.parent_A >= 0]))
         leaders = new_rows
         if self._groups:
             leaders = self._start_followers(admissions, new_rows)
         num_missing = int(missing_CP.sum())
         step = batch.schedule(self._num_plans, rows, num, num_missing, new_rows, admissions.num_scheduled_A, leaders)
+        self._copies.follow(new_rows, leaders)
         if share is not None and self._queue:
             share.charge(np.append(rows, new_rows), np.append(num, admissions.num_scheduled_A))
         plan = build_plan(
@@ -295,15 +304,7 @@ class Scheduler:
         results = sorted(results, key=attrgetter("rank"))
         got = [(result.step, result.rank) for result in results]
         assert got == [*zip(repeat(plan.step), range(self.config.num_ranks))], f"step {plan.step}: got {got}"
-        rows_O, outputs = gather(step.schedule, results, self._batch, self._eos_ids, self._special_V)
-        if len(outputs.failed_keys):
-            self._fail(outputs.failed_keys.tolist())
-        self._check_ids(rows_O, outputs)
-        kept_O = self._batch.paused_Z[rows_O]
-        if kept_O.any():
-            rows_O, outputs = rows_O[~kept_O], self._pauses.keep_back(kept_O, outputs)
-        self._finish(rows_O, outputs, now)
-        return outputs
+        return self._completion.take_in(step.schedule, results, now)
 
     def stats(self) -> dict[str, Any]:
         """Return gauges as JSON values: lists have one entry a rank, caches go by name.
@@ -316,7 +317,7 @@ class Scheduler:
         their logits were not finite.
         `tenants` has both, see `TenantAccounts.stats`; `tenants_forgotten` counts those that have left it.
         """
-        pool, batch = self._pool, self._batch
+        batch = self._batch
         return {
             "num_plans": self._num_plans,
             "num_running": self.num_running,
@@ -325,14 +326,12 @@ class Scheduler:
             "paused": int(np.count_nonzero(batch.paused_Z)),
             "running": batch.sum_P(np.array(1)).tolist(),
             "outstanding_tokens": batch.sum_P(batch.limit_Z - batch.num_computed_Z).tolist(),
-            "blocks": dict(zip((spec.name for spec in self.cache_specs), pool.num_blocks_C.tolist(), strict=True)),
-            "blocks_used": {spec.name: pool.num_used(cache).tolist() for cache, spec in enumerate(self.cache_specs)},
-            "blocks_evicted": dict(
-                zip((spec.name for spec in self.cache_specs), pool.num_evicted_CP.tolist(), strict=True)
-            ),
+            **self._pool.stats([spec.name for spec in self.cache_specs]),
             "tenants": self._tenants.stats(),
             "tenants_forgotten": self._tenants.num_forgotten,
             **self._counts,
+            "preemptions": self._preemption.num,
+            "non_finite": self._completion.num_failed,
         }
 
     def flush_cache(self) -> dict[str, int]:
@@ -350,37 +349,6 @@ class Scheduler:
         assert self._in_flight or not in_flight.any(), "scheduled, but nothing in flight"
         self._tenants.check_integrity(self._running.values(), batch.tenant_Z, len(self.unfinished()))
         assert all(child in self._queue and batch.running_Z[row] for child, (row, _) in self._admission.forks.items())
-
-    # ---- planning: release, preempt, admit
-
-    def _preempt(
-        self, rows: np.ndarray, num: np.ndarray, missing_CP: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Preempt requests where blocks are short. `missing_CP`: blocks that each rank lacks for the rows.
-
-        One with a step in flight drains first, and its blocks come with the next plan.
-
-        Returns:
-            the rows that get their missing blocks, their tokens, and the rows that were emptied.
-        """
-        batch = self._batch
-        batch.free_outside_windows(rows)
-        if (missing_CP <= self._pool.num_free_CP).all():
-            return rows, num, _NO_ROWS
-        share_Z = None if self._sharing is None else self._sharing.share_Z()
-        victims = batch.choose_victims(batch.shortage(rows, num, missing_CP), share_Z)
-        batch.draining_Z[victims] = True
-        self._counts["preemptions"] += len(victims)
-        emptied = self._lifecycle.release()
-        stay = ~np.isin(rows, victims)
-        rows, num = rows[stay], num[stay]
-        served_S = batch.serve_blocks(rows, batch.missing_blocks(rows, num))
-        return rows[served_S], num[served_S], emptied
-
-    def _preempt_now(self, rows: np.ndarray) -> None:
-        """Suspend these rows' requests at once, and release their slots; what is in flight for them is dropped."""
-        self._lifecycle.give_way(rows)
-        self._counts["preemptions"] += len(rows)
 
     def _choose(
         self, rows: np.ndarray, num: np.ndarray, tokens_P: np.ndarray
@@ -436,42 +404,3 @@ class Scheduler:
             if request.key in groups:
                 self._lifecycle.lead(groups.cut(request.key, groups.num_reserved(request.key)))
         return leaders
-
-    # ---- requests that end or return to the queue
-
-    def _check_ids(self, rows_O: np.ndarray, outputs: StepOutputs) -> None:
-        """Set the finish reasons of tokens at which some request stops or pauses."""
-        batch, finish_O = self._batch, outputs.finish_O
-        for i in np.flatnonzero(finish_O == CHECK_IDS):
-            row, token = rows_O[i], int(outputs.token_O[i])
-            request, num_known = self._running[int(batch.key_Z[row])], batch.num_known_Z[row]
-            if token in request.stop_ids and num_known >= batch.stop_from_Z[row]:
-                finish_O[i] = FinishReason.STOP
-            elif num_known >= batch.limit_Z[row] and not batch.suspends_Z[row]:
-                finish_O[i] = FinishReason.LENGTH
-            elif request.pauses_at(token):
-                finish_O[i] = FinishReason.PAUSED
-            else:
-                finish_O[i] = FinishReason.NONE if num_known < batch.limit_Z[row] else SUSPENDED
-
-    def _finish(self, rows_O: np.ndarray, outputs: StepOutputs, now: float) -> None:
-        """End the requests that these outputs complete, pause others, and suspend those that cannot go on."""
-        batch, finish_O = self._batch, outputs.finish_O
-        paused_O = finish_O == FinishReason.PAUSED
-        suspended_O = finish_O == SUSPENDED
-        if paused_O.any():
-            rows = rows_O[paused_O]
-            self._pauses.begin(rows, now)
-            suspended_O |= paused_O & (batch.num_known_Z[rows_O] >= batch.limit_Z[rows_O])
-        self._lifecycle.close(rows_O[(finish_O != 0) & ~paused_O & ~suspended_O])
-        finish_O[finish_O == SUSPENDED] = FinishReason.NONE
-        self._lifecycle.suspend(rows_O[suspended_O])
-
-    def _fail(self, keys: list[int]) -> None:
-        """End requests whose logits are not finite. Nobody is to find what they have computed."""
-        rows = np.array([self._running[key].row for key in keys])
-        for key in keys:
-            self._pauses.forget(key)
-        self._batch.forget(rows)
-        self._lifecycle.close(rows)
-        self._counts["non_finite"] += len(keys)

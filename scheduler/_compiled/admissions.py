@@ -9,7 +9,8 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from expertwire.compiled import compiler
-from expertwire.scheduler._compiled.blocks import NONE, find_prefix, guess_prefix, prefetch
+from expertwire.scheduler._compiled.blocks import NONE, prefetch
+from expertwire.scheduler._compiled.prefixes import find_prefix, guess_prefix
 from expertwire.scheduler._compiled.rows import num_blocks_due
 from expertwire.scheduler._compiled.snapshots import blocks_at_most
 

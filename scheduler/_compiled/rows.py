@@ -9,18 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from expertwire.compiled import compiler
-from expertwire.scheduler._compiled.blocks import (
-    NONE,
-    UNHASHED,
+from expertwire.scheduler._compiled.blocks import NONE, UNHASHED, compact_queues, drop_block, prefetch, share_block
+from expertwire.scheduler._compiled.prefixes import (
     clear_block_hash,
-    compact_queues,
-    drop_block,
     find_block,
     first_seen,
-    prefetch,
     prefetch_hash,
     set_block_hash,
-    share_block,
 )
 from expertwire.scheduler._compiled.snapshots import (
     begins_block,

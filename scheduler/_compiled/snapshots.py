@@ -20,7 +20,8 @@ Letters as in `rows`.
 import numpy as np
 
 from expertwire.compiled import compiler
-from expertwire.scheduler._compiled.blocks import EVERYTHING, NONE, find_block, forget_block, weigh_block
+from expertwire.scheduler._compiled.blocks import EVERYTHING, NONE, weigh_block
+from expertwire.scheduler._compiled.prefixes import find_block, forget_block
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 

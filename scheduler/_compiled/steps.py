@@ -8,16 +8,12 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from expertwire.compiled import compiler
-from expertwire.scheduler._compiled.blocks import (
-    NONE,
-    UNHASHED,
+from expertwire.scheduler._compiled.blocks import NONE, UNHASHED, prefetch, prefetch_free, take_block
+from expertwire.scheduler._compiled.prefixes import (
     clear_block_hash,
     extend,
-    prefetch,
     prefetch_bucket,
     prefetch_chain,
-    prefetch_free,
-    take_block,
     upper_halves,
 )
 from expertwire.scheduler._compiled.rows import hash_rows, num_missing, share_row

@@ -7,12 +7,18 @@ from hypothesis import strategies as st
 from numba import njit
 
 from expertwire.scheduler._compiled import blocks as block_loops
-from expertwire.scheduler._compiled.blocks import END, NONE, guess_prefix
+from expertwire.scheduler._compiled import prefixes as prefix_loops
+from expertwire.scheduler._compiled.blocks import END, NONE
+from expertwire.scheduler._compiled.prefixes import guess_prefix
 from expertwire.scheduler.block_pool import BlockPool, aligned_rows
 
 # Only compiled code can call these.
-_find_block, _set_block_hash, _share_block = block_loops.find_block, block_loops.set_block_hash, block_loops.share_block
-_weigh_block, _forget_block = block_loops.weigh_block, block_loops.forget_block
+_find_block, _set_block_hash, _share_block = (
+    prefix_loops.find_block,
+    prefix_loops.set_block_hash,
+    block_loops.share_block,
+)
+_weigh_block, _forget_block = block_loops.weigh_block, prefix_loops.forget_block
 
 
 @njit

@@ -4,10 +4,10 @@ from pathlib import Path
 
 CODE = """
 from helpers.sim_ranks import WINDOWED, SimCluster, make_config, make_request
-from expertwire.scheduler._compiled import admissions, blocks, rows, steps
+from expertwire.scheduler._compiled import admissions, blocks, prefixes, rows, steps
 from expertwire.scheduler.warm_up import warm_up
 
-MODULES = (admissions, blocks, rows, steps)
+MODULES = (admissions, blocks, prefixes, rows, steps)
 
 def compiled():
     functions = [f for module in MODULES for f in vars(module).values() if hasattr(f, "signatures")]
