@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 
 import grpc
@@ -164,7 +165,7 @@ class Session:
         if submit.key in self._entries:
             raise ValueError(f"key {submit.key} is that of a request that runs")
         num_branches = max(1, submit.request.sampling_params.n)
-        if (error := self._refusal(submit.request, num_branches)) is not None:
+        if (error := self._refusal(submit, num_branches)) is not None:
             self._refused.append(_failed_end(submit.key, error))
             self._news.set()
             return
@@ -224,7 +225,11 @@ class Session:
         has_details = params.HasField("logprobs") or params.HasField("prompt_logprobs") or params.expert_load
         return not has_details and not params.stop
 
-    def _refusal(self, request: pb.GenerateRequest, num_branches: int) -> RequestError | None:
+    def _refusal(self, submit: pb.SubmitRequest, num_branches: int) -> RequestError | None:
+        request = submit.request
+        if submit.HasField("deadline_s") and not 0 <= submit.deadline_s < math.inf:  # NaN would disorder the loop's timers
+            text = f"deadline_s must be a finite number of seconds >= 0, got {submit.deadline_s!r}"
+            return RequestError("INVALID_ARGUMENT", text)
         if self._ids_only and request.sampling_params.stop:
             text = "stop must be empty in a session with token_ids_only, which makes no text; use stop_token_ids"
             return RequestError("INVALID_ARGUMENT", text)

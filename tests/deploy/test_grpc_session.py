@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import functools
 from collections import defaultdict
 from pathlib import Path
@@ -311,6 +312,24 @@ async def test_deadline(run):
     await client.finish_all()
     assert client.error(1) == ("DEADLINE_EXCEEDED", "the request did not end within deadline_s = 0.2")
     assert not client.ends[2].code
+
+
+@scenario
+async def test_deadlines_that_are_no_time(run):
+    """Not a number, which compares with no other, would put timers of the whole front out of their order."""
+    loop, delays = asyncio.get_running_loop(), []
+    call_later = loop.call_later
+    loop.call_later = lambda delay, *args, **kwargs: delays.append(delay) or call_later(delay, *args, **kwargs)
+    client = run.session()
+    deadlines = [math.nan, -math.nan, math.inf, -1.0, 1e9]
+    await client.send(*((key, request(max_tokens=2), deadline_s) for key, deadline_s in enumerate(deadlines)))
+    await client.finish_all()
+    for key, deadline_s in enumerate(deadlines[:4]):
+        expected = f"deadline_s must be a finite number of seconds >= 0, got {deadline_s!r}"
+        assert client.error(key) == ("INVALID_ARGUMENT", expected)
+    assert not client.ends[4].code
+    assert 1e9 in delays
+    assert not any(map(math.isnan, delays))
 
 
 @scenario
