@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import functools
+import math
 from collections import defaultdict
 from pathlib import Path
 
