@@ -85,6 +85,7 @@ class Engine:
         self._reader = threading.Thread(target=self._status.read, args=(self._controller.stdout,), daemon=True)
         self._reader.start()
         try:
+            launcher.connect()
             listening = self._await("listening", config.start_timeout_s)
             spec = WorkerSpec(config=config, num_ranks=config.ep_size, address=listening["hub"], token=token)
             launcher.start(spec)

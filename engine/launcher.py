@@ -54,6 +54,10 @@ class Launcher(Protocol):
         """Return the address ("tcp:host:0", "unix:/path") on which the controller must listen so that all workers reach it."""
         ...
 
+    def connect(self) -> None:
+        """Prepare for `start`, while the controller starts. Raises ValueError or EngineFailed. Idempotent."""
+        ...
+
     def start(self, spec: WorkerSpec) -> None:
         """Start all workers, without waiting until they have joined. Raises `RankFailed`."""
         ...
@@ -83,6 +87,9 @@ class LocalLauncher:
         """See `Launcher`. The address is a socket in a folder that only this user can enter."""
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="expertwire-", ignore_cleanup_errors=True)
         return f"unix:{self._folder.name}/hub"
+
+    def connect(self) -> None:
+        """See `Launcher`: there is nothing to prepare."""
 
     def start(self, spec: WorkerSpec) -> None:
         """See `Launcher`."""

@@ -88,7 +88,7 @@ class RayLauncher:
         self._places: list[tuple[str, int]] = []
 
     def connect(self) -> None:
-        """Connect to Ray, or start it. Idempotent.
+        """See `engine.launcher.Launcher`: connect to Ray, or start it.
 
         Raises:
             ValueError: no Ray cluster answers at the given address, or it refuses our token.
@@ -105,7 +105,7 @@ class RayLauncher:
         self._owns_ray = True  # only the connection; `stop` leaves the cluster running
 
     def hub_address(self) -> str:
-        """See `engine.launcher.Launcher`. Connects to a cluster; a Ray of its own is started by `start`, beside the controller.
+        """See `engine.launcher.Launcher`. Connects to a cluster; a Ray of its own is started by `connect`, beside the controller.
 
         Raises:
             ValueError: no Ray cluster answers at the given address, or it refuses our token.
