@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expertwire.strategies.cascade import Cascade, fit_router
-from expertwire.strategies.cascade_log import DecisionRecord, Evaluation, evaluate_thresholds
+from expertwire.strategies.cascade import Cascade, Router, fit_router
+from expertwire.strategies.cascade_log import DecisionRecord, Evaluation, cost_at, evaluate_thresholds
 from expertwire.strategies.checks import require_number
 from expertwire.strategies.statistics import Interval, wilson
 
@@ -44,10 +45,11 @@ def calibrate_cascade(
 
     Requests of the random slice with an outcome of both models are divided into two folds by a hash of their ids. On the first
     one the router is fitted, and thresholds of router and confidence are chosen among quantiles; all figures are of the second.
+    The verifier's threshold is chosen with them if `base` has one. What the verifier itself costs is not counted.
 
     Args:
         records: of a log of `base`, for instance with a random share of 1.
-        base: gives names, window, costs and random share.
+        base: gives names, window, costs, random share and verifier.
         shortfall: quality that may be lost.
         seed: of the folds.
 
@@ -65,14 +67,21 @@ def calibrate_cascade(
             f"records must have at least {MIN_REQUESTS} requests of the random slice with outcomes of both models in each of two "
             f"folds, got {len(folds[0])} and {len(folds[1])} of {len(records)}"
         )
+    if base.verifier_threshold is not None and any("verifier" not in record.scores for record in known):
+        raise ValueError("records must have the verifier's scores, as the policy has a verifier_threshold")
     chosen_on = folds[0]
     router = fit_router(
         [each.features or {} for each in chosen_on], [_outcome(r, base.small) >= 0.5 for r in chosen_on]
     )
-    cascade = replace(base, router=router, router_threshold=None, confidence_threshold=None, verifier_threshold=None)
-    chosen_on, report_on = (_rescored(fold, cascade) for fold in folds)
-    router_threshold, confidence_threshold = _choose(chosen_on, base.large, shortfall)
-    cascade = replace(cascade, router_threshold=router_threshold, confidence_threshold=confidence_threshold)
+    chosen_on, report_on = (_rescored(fold, router, verifies=base.verifier_threshold is not None) for fold in folds)
+    chosen = _choose(chosen_on, shortfall)
+    cascade = replace(
+        base,
+        router=router,
+        router_threshold=chosen.get("router"),
+        confidence_threshold=chosen.get("confidence"),
+        verifier_threshold=chosen.get("verifier"),
+    )
     digest = hashlib.sha256(repr(dataclasses.astuple(cascade)).encode()).hexdigest()[:12]
     outcomes = [_outcome(record, base.large) for record in report_on]
     return CascadeCalibration(
@@ -93,35 +102,50 @@ def _outcome(record: DecisionRecord, model: str) -> float:
     return record.outcomes[model]
 
 
-def _rescored(records: Sequence[DecisionRecord], cascade: Cascade) -> list[DecisionRecord]:
-    """Return records as if nothing had escalated, with the new router's scores. Each counts as one request."""
-    assert cascade.router is not None, cascade
-    router = cascade.router
-    return [
-        replace(each, thresholds={}, propensity=1.0, scores={"router": router.probability(each.features or {})})
-        for each in records
-    ]
+def _rescored(records: Sequence[DecisionRecord], router: Router, *, verifies: bool) -> list[DecisionRecord]:
+    """Return records as if nothing had escalated, with the new router's scores. Each counts as one request.
+
+    A verifier that failed has the lowest of all scores: such requests go to the large model.
+    """
+    found = []
+    for record in records:
+        scores: dict[str, float | None] = {"router": router.probability(record.features or {})}
+        if verifies:
+            score = record.scores["verifier"]
+            scores["verifier"] = -math.inf if score is None else score
+        found.append(replace(record, thresholds={}, propensity=1.0, scores=scores))
+    return found
 
 
-def _choose(records: Sequence[DecisionRecord], large: str, shortfall: float) -> tuple[float | None, float | None]:
-    """Return the thresholds of router and confidence with the lowest cost among those of enough quality; None: off."""
-    target = sum(_outcome(record, large) for record in records) / len(records) - shortfall
-    lowest = [min((value for _, value in record.minima), default=0.0) for record in records]
-    routes = [None, *_thresholds([record.scores["router"] or 0.0 for record in records]), 1.0]
-    doubts = [None, *(value for value in _thresholds(lowest) if value <= 0), 0.0]
-    found: list[tuple[float, float | None, float | None]] = []
-    for route in routes:
-        for doubt in doubts:
-            changed = {name: v for name, v in (("router", route), ("confidence", doubt)) if v is not None}
-            evaluation = evaluate_thresholds(records, changed)
-            assert evaluation.quality is not None, "every record has outcomes"
-            assert evaluation.cost is not None, "every record is in the slice"
-            if evaluation.quality.value >= target - 1e-12:
-                found.append((evaluation.cost, route, doubt))
+def _choose(records: Sequence[DecisionRecord], shortfall: float) -> dict[str, float]:
+    """Return the thresholds with the lowest cost among those of enough quality: as `evaluate_thresholds` of each, at once."""
+    small, large = records[0].candidates
+    right, large_right = (np.array([_outcome(record, model) for record in records]) for model in (small, large))
+    route_scores = np.array([record.scores["router"] for record in records], float)
+    verifier_scores = np.array([record.scores.get("verifier", math.inf) for record in records], float)
+    lowest = np.array([min((value for _, value in record.minima), default=math.inf) for record in records])
+    whole, alone = (np.array([cost_at(record, reason, {}) for record in records]) for reason in ("kept", "router"))
+    found: list[tuple[float, dict[str, float]]] = []
+    for doubt in (-math.inf, *(value for value in _thresholds(lowest) if value <= 0), 0.0):
+        doubted = lowest < doubt
+        aborted = np.array([
+            cost_at(record, "confidence", {"confidence": doubt}) if doubts else 0.0
+            for record, doubts in zip(records, doubted.tolist(), strict=True)
+        ])  # fmt: skip
+        for verify in (-math.inf, *_thresholds(verifier_scores)):
+            rejected = doubted | (verifier_scores < verify)
+            cost = np.where(doubted, aborted, whole + np.where(rejected, alone, 0.0))
+            for route in (-math.inf, *_thresholds(route_scores), 1.0):
+                routed = route_scores < route
+                quality = np.where(routed | rejected, large_right, right).mean()
+                if quality >= large_right.mean() - shortfall - 1e-12:
+                    thresholds = {"router": route, "confidence": doubt, "verifier": verify}
+                    is_on = {name: value for name, value in thresholds.items() if value > -math.inf}
+                    found.append((float(np.where(routed, alone, cost).mean()), is_on))
     # The last thresholds send everything to the large model, but where the small one is sure without a doubt.
-    _, route, doubt = min(found, key=lambda each: each[0], default=(0.0, 1.0, 0.0))
-    return route, doubt
+    return min(found, key=lambda each: each[0], default=(0.0, {"router": 1.0, "confidence": 0.0}))[1]
 
 
-def _thresholds(scores: Sequence[float]) -> list[float]:
-    return sorted(set(np.quantile(scores, _QUANTILES).tolist()))
+def _thresholds(scores: np.ndarray) -> list[float]:
+    scores = scores[np.isfinite(scores)]
+    return sorted(set(np.quantile(scores, _QUANTILES).tolist())) if len(scores) else []

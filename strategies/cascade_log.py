@@ -181,7 +181,7 @@ def evaluate_thresholds(records: Iterable[DecisionRecord], changed: Mapping[str,
         escalated=_escalated(records, reasons, changed),
         is_exact=is_exact,
         quality=_quality(sliced),
-        cost=_mean([_cost(record, reason, {**record.thresholds, **changed}) for record, reason in sliced], weights),
+        cost=_mean([cost_at(record, reason, {**record.thresholds, **changed}) for record, reason in sliced], weights),
         num_records=len(records),
         num_random=len(sliced),
     )
@@ -238,7 +238,7 @@ def _quality(sliced: Sequence[tuple[DecisionRecord, str]]) -> Interval | None:
     return _weighted(outcomes, weights) if outcomes else None
 
 
-def _cost(record: DecisionRecord, reason: str, thresholds: Mapping[str, float]) -> float:
+def cost_at(record: DecisionRecord, reason: str, thresholds: Mapping[str, float]) -> float:
     """Return the cost of a request of the random slice at these thresholds."""
     legs = {leg.model: leg for leg in record.legs}
     small, large = (legs[model] for model in record.candidates)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import random
 import re
 
+import numpy as np
 import pytest
 
 from expertwire.deploy import demo_verifiers
 from expertwire.deploy.cli import main
 from expertwire.deploy.demo_task import make_problem
-from expertwire.strategies.cascade import Cascade
-from expertwire.strategies.cascade_log import DecisionRecord, Leg
+from expertwire.strategies import calibrate_cascade
+from expertwire.strategies.cascade import Cascade, fit_router
+from expertwire.strategies.cascade_log import DecisionRecord, Leg, evaluate_thresholds
 from expertwire.strategies.cascade_policy import cascade_to_json, read_cascade
 from expertwire.strategies.compute_optimal import ComputeOptimal
+from expertwire.strategies.decision_log import read_records
 from expertwire.strategies.registry import strategy_from_dict
 
 BASE = Cascade(small="s", large="l", version="base", random_share=1.0)
@@ -61,6 +66,59 @@ def test_the_policy_routes_what_is_long_and_aborts_what_is_unsure(files, capsys)
     assert 0.3 < float(re.search(r"escalated ([\d.]+)", out)[1]) < 0.7
 
 
+@pytest.fixture
+def verified(tmp_path):
+    """A log whose verifier tells right outputs from wrong ones, but has failed now and then, and its policy."""
+    rng, judge = random.Random(4), random.Random(5)
+    log, policy = tmp_path / "verified", tmp_path / "verified_policy"
+    with log.open("w") as lines:
+        for number in range(400):
+            made = record(rng, number)
+            score = judge.uniform(0.6, 1.0) if made.outcomes["s"] else judge.uniform(0.0, 0.5)
+            scores = {"verifier": None if judge.random() < 0.02 else score}
+            lines.write(dataclasses.replace(made, scores=scores).to_json() + "\n")
+    policy.write_text(cascade_to_json(dataclasses.replace(BASE, verifier="exact", verifier_threshold=0.99)))
+    return str(log), str(policy), str(tmp_path / "new")
+
+
+def test_the_verifiers_threshold_is_chosen_where_the_policy_has_one(files, verified, capsys):
+    costs, thresholds = [], []
+    for log, policy, new in (files, verified):
+        assert main(["calibrate", "cascade", log, "--cascade", policy, "--out", new]) == 0
+        thresholds.append(read_cascade(new).verifier_threshold)
+        found = re.search(r"quality ([\d.]+).*alone ([\d.]+).*\n.*request ([\d.]+);", capsys.readouterr().out)
+        quality, large, cost = map(float, found.groups())
+        assert quality > large - 0.03
+        costs.append(cost)
+    cascade = read_cascade(verified[2])
+    assert cascade.verifier == "exact"
+    assert thresholds[0] is None
+    assert 0.5 < thresholds[1] < 0.75
+    assert cascade.routes_to_large({"log_tokens": 3.0})
+    assert costs[1] < costs[0] - 5, "right outputs that are unsure are kept"
+
+
+@pytest.mark.parametrize("verifies", [False, True])
+@pytest.mark.parametrize("shortfall", [0.0, 0.1, 0.4])
+def test_the_cheapest_thresholds_are_found(verified, monkeypatch, verifies, shortfall):
+    monkeypatch.setattr(calibrate_cascade, "_QUANTILES", [0.0, 0.3, 0.6])
+    records = read_records(verified[0])[0][:60]
+    router = fit_router([each.features for each in records], [each.outcomes["s"] >= 0.5 for each in records])
+    records = calibrate_cascade._rescored(records, router, verifies=verifies)
+    scores = {name: np.array([each.scores.get(name, np.inf) for each in records]) for name in ("router", "verifier")}
+    scores["confidence"] = np.array([each.minima[-1][1] for each in records])
+    target = sum(each.outcomes["l"] for each in records) / len(records) - shortfall - 1e-9
+    costs = []
+    for values in itertools.product(*([None, *calibrate_cascade._thresholds(each)] for each in scores.values())):
+        thresholds = {name: value for name, value in zip(scores, values, strict=True) if value is not None}
+        found = evaluate_thresholds(records, thresholds)
+        if found.quality.value >= target:
+            costs.append(found.cost)
+    chosen = evaluate_thresholds(records, calibrate_cascade._choose(records, shortfall))
+    assert chosen.quality.value >= target
+    assert chosen.cost <= min(costs, default=np.inf) + 1e-9
+
+
 def test_a_shortfall_makes_it_cheaper(files, capsys):
     log, policy, new = files
     costs = []
@@ -79,10 +137,13 @@ def test_mistakes_have_messages(files, tmp_path, capsys):
     assert main(["calibrate", "cascade", str(few), "--cascade", policy, "--out", new]) == 2
     (tmp_path / "other").write_text(cascade_to_json(Cascade(small="a", large="b", version="1")))
     assert main(["calibrate", "cascade", log, "--cascade", str(tmp_path / "other"), "--out", new]) == 2
+    (tmp_path / "judged").write_text(cascade_to_json(dataclasses.replace(BASE, verifier="v", verifier_threshold=0.5)))
+    assert main(["calibrate", "cascade", log, "--cascade", str(tmp_path / "judged"), "--out", new]) == 2
     errors = capsys.readouterr().err
     assert "shortfall must be a finite number >= 0 and <= 1, got 2.0" in errors
     assert "at least 20 requests of the random slice" in errors
     assert "records must be of the policy's models a and b" in errors
+    assert "records must have the verifier's scores, as the policy has a verifier_threshold" in errors
 
 
 def vote(n):
