@@ -227,7 +227,9 @@ class Session:
 
     def _refusal(self, submit: pb.SubmitRequest, num_branches: int) -> RequestError | None:
         request = submit.request
-        if submit.HasField("deadline_s") and not 0 <= submit.deadline_s < math.inf:  # NaN would disorder the loop's timers
+        if (
+            submit.HasField("deadline_s") and not 0 <= submit.deadline_s < math.inf
+        ):  # NaN would disorder the loop's timers
             text = f"deadline_s must be a finite number of seconds >= 0, got {submit.deadline_s!r}"
             return RequestError("INVALID_ARGUMENT", text)
         if self._ids_only and request.sampling_params.stop:

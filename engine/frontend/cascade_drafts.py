@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from expertwire.engine.frontend.api import Position, Update
+from expertwire.engine.frontend.cascade_legs import CascadeLeg
 from expertwire.engine.frontend.logprobs import rows_of
 from expertwire.scheduler.sampling_params import MAX_PROMPT_ENTRIES, SamplingParams
 
@@ -67,7 +68,23 @@ def num_accepted(draft: Sequence[int], positions: Sequence[Position | None], tol
     return len(draft)
 
 
-def accepted_logprobs(positions: Sequence[Position | None], params: SamplingParams) -> tuple[Position, ...] | None:
+def accepted_output(leg: CascadeLeg, positions: Sequence[Position | None]) -> Update:
+    """Return the tokens of a draft that were kept, with their text and log-probabilities, as the output's beginning.
+
+    Args:
+        leg: of the large model, which has just been submitted to go on behind them.
+        positions: the large model's log-probabilities of each.
+    """
+    assert leg.number is not None, "it has been submitted"
+    request = leg.frontend.find(leg.number)
+    assert request is not None, "it has only now been submitted"
+    [branch] = request.running.values()
+    text, tokens = "".join(branch.texts), tuple(leg.draft[: len(positions)])
+    branch.texts.clear()
+    return Update(request.id, 0, tokens, text, _accepted_logprobs(positions, leg.params), seed=request.seed)
+
+
+def _accepted_logprobs(positions: Sequence[Position | None], params: SamplingParams) -> tuple[Position, ...] | None:
     """Return the log-probabilities of tokens that were kept, as many as the request asks for; None if it asks for none."""
     if params.logprobs is None:
         return None

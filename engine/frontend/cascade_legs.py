@@ -12,9 +12,10 @@ from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.cascade import MAX_FEATURE_CHARS, Cascade
-from expertwire.strategies.cascade_log import Leg
+from expertwire.strategies.cascade_log import DecisionRecord, Leg
 from expertwire.strategies.verifiers import DEFAULT_POLICY, Verifier, VerifierPolicy
 
+KEPT = "kept"  # the reason of a request that the small model answers
 _MAX_FEATURE_TOKENS = MAX_FEATURE_CHARS // 4  # of a prompt without text
 
 
@@ -118,3 +119,19 @@ def check_cascade_params(params: SamplingParams) -> None:
     """Raise ValueError if a request to a cascade cannot have these sampling parameters."""
     if params.n != 1:
         raise ValueError(f"n must be 1 for a cascade, got {params.n}")
+
+
+def counts_of(record: DecisionRecord) -> dict[str, int]:
+    """Return what a request that was answered adds to the statistics of the small model's engine."""
+    tokens = {leg.model: leg.tokens for leg in record.legs}
+    small, large = record.candidates
+    return {
+        "cascade_requests": 1,
+        "cascade_kept" if record.reason == KEPT else f"cascade_escalated_{record.reason}": 1,
+        "cascade_random_slice": int(record.in_random_slice),
+        "cascade_tokens_small": tokens.get(small, 0),
+        "cascade_tokens_large": tokens.get(large, 0),
+        "cascade_tokens_draft": sum(leg.draft_tokens for leg in record.legs),
+        "cascade_tokens_accepted": sum(leg.accepted_tokens for leg in record.legs),
+        "cascade_tokens_verifier": record.verifier_tokens,
+    }

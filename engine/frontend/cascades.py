@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 
 from expertwire.engine.frontend.api import EngineFailed, Position, RequestError, Update
-from expertwire.engine.frontend.cascade_drafts import accepted_logprobs, checking_params, draft_of, num_accepted
-from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy, check_cascade_params
+from expertwire.engine.frontend.cascade_drafts import accepted_output, checking_params, draft_of, num_accepted
+from expertwire.engine.frontend.cascade_legs import KEPT, CascadeLeg, CascadePolicy, check_cascade_params, counts_of
+from expertwire.engine.frontend.logprobs import sampled_logprob
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.verifier_calls import Outcome, VerifierCalls
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -26,7 +27,7 @@ from expertwire.strategies.cascade import Confidence, prompt_features
 from expertwire.strategies.cascade_log import DecisionRecord
 from expertwire.strategies.verifiers import Candidate, VerifierError
 
-KEPT, ABORTED = "kept", "aborted"
+ABORTED = "aborted"
 LegName = Literal["small", "large"]
 
 
@@ -160,7 +161,7 @@ class CascadeRun:
             while self._output and (max_size is None or size < max_size):
                 update = self._output.pop(0)
                 size += len(update.token_ids) * (1 + (self.legs["small"].params.logprobs or 0))
-                updates.append(update if self._shows_logprobs else update._replace(logprobs=None))
+                updates.append(update)
         if updates and updates[-1].done:
             self._finish()
         return updates
@@ -219,7 +220,9 @@ class CascadeRun:
         if name == "large" and options.deadline_s is not None and begin_s:
             left_s = options.deadline_s - (time.monotonic() - begin_s)
             options = dataclasses.replace(options, deadline_s=max(0.0, left_s))
-        leg.numbers.append(leg.frontend.submit(tokens, params, options, num_prompt_tokens=num_prompt))
+        only_sampled = name == "small" and not self._shows_logprobs
+        number = leg.frontend.submit(tokens, params, options, num_prompt_tokens=num_prompt, only_sampled=only_sampled)
+        leg.numbers.append(number)
         self._on_submit(name)
 
     def _hand_over(self) -> None:
@@ -251,21 +254,13 @@ class CascadeRun:
                 self._accept(positions[: leg.num_accepted])
 
     def _accept(self, positions: Sequence[Position | None]) -> None:
-        leg, accepted = self.legs["large"], self.legs["large"].draft[: len(positions)]
+        leg = self.legs["large"]
+        accepted = np.array(leg.draft[: len(positions)], np.int32)
         with self._failing():
-            tokens = np.concatenate((leg.tokens, np.array(accepted, np.int32)))
-            self._request("large", tokens, leg.params, len(leg.tokens))
-        if self.done or leg.number is None or not accepted:
-            return
-        request = leg.frontend.find(leg.number)
-        assert request is not None, "it has only now been submitted"
-        [branch] = request.running.values()
-        text = "".join(branch.texts)
-        branch.texts.clear()
-        self._accepted = [
-            Update(request.id, 0, tuple(accepted), text, accepted_logprobs(positions, leg.params), seed=request.seed)
-        ]
-        self._on_news()
+            self._request("large", np.concatenate((leg.tokens, accepted)), leg.params, len(leg.tokens))
+        if not self.done and len(positions):
+            self._accepted = [accepted_output(leg, positions)]
+            self._on_news()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -280,10 +275,9 @@ class CascadeRun:
         leg = self.legs[name]
         leg.num_tokens += len(update.token_ids)
         leg.updates.append(update)
-        if name == "small" and update.token_ids:
-            assert update.logprobs is not None, "asked for by the constructor"
-            for token, position in zip(update.token_ids, update.logprobs, strict=True):
-                self._confidence.push(position[token].logprob)
+        if name == "small":
+            for logprob in update.sampled_logprobs or map(sampled_logprob, update.logprobs or ()):
+                self._confidence.push(logprob)
                 if not self.reason and self.policy.cascade.doubts(self._confidence.minima):
                     self.reason = "confidence"
         if update.error is not None:
@@ -362,7 +356,7 @@ class CascadeRun:
         """Write down what was decided, after the last update was taken."""
         if self.reason != ABORTED:
             self.record = self._make_record()
-            self._count()
+            self.legs["small"].frontend.counts.update(counts_of(self.record))
         self._end()
 
     def _end(self) -> None:
@@ -370,18 +364,6 @@ class CascadeRun:
         self._stop("small")
         self._stop("large")
         self._calls.forget(id(self))
-
-    def _count(self) -> None:
-        """Add to the statistics of the small model's engine what was decided, and the tokens of both."""
-        counts = self.legs["small"].frontend.counts
-        counts["cascade_requests"] += 1
-        counts["cascade_kept" if self.reason == KEPT else f"cascade_escalated_{self.reason}"] += 1
-        counts["cascade_random_slice"] += self._in_slice
-        for name, leg in self.legs.items():
-            counts[f"cascade_tokens_{name}"] += leg.num_tokens
-        counts["cascade_tokens_draft"] += len(self.legs["large"].draft)
-        counts["cascade_tokens_accepted"] += self.legs["large"].num_accepted or 0
-        counts["cascade_tokens_verifier"] += self.verifier_tokens
 
     def _make_record(self) -> DecisionRecord:
         cascade, minima = self.policy.cascade, self._confidence.minima
