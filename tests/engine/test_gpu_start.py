@@ -17,7 +17,7 @@ from expertwire.comm.control.channel import RankError
 from expertwire.deploy.ray.placement import ordinal
 from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.loader import weights
+from expertwire.engine.loader import rank_model, weights
 from expertwire.kernels import registry
 
 
@@ -25,7 +25,7 @@ from expertwire.kernels import registry
 def node(monkeypatch):
     """One node of eight GPUs."""
     memory = install(monkeypatch, FakeCuda(8))
-    monkeypatch.setattr(worker.kernels, "choose", lambda device, **options: registry.plain())
+    monkeypatch.setattr(rank_model.kernels, "choose", lambda device, **options: registry.plain())
     monkeypatch.setattr(
         nvlink_gpu, "NvlinkGpuAllToAll", lambda spec, memories, num_programs: NvlinkAllToAll(spec, memories)
     )
@@ -113,7 +113,7 @@ def test_a_node_with_fewer_gpus_than_ranks_is_refused(monkeypatch):
 def test_a_traceback_is_kept_whole_and_named(node, monkeypatch, tmp_path):
     """In a file of the rank's node; the error is one line. A mistake of the user's has none."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(worker, "load_model", broken)
+    monkeypatch.setattr(rank_model, "load_model", broken)
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     with pytest.raises(RankError) as failed:
         serve(config(folder, 1), [0], [prompt(folder)], node)
@@ -126,7 +126,7 @@ def test_a_traceback_is_kept_whole_and_named(node, monkeypatch, tmp_path):
     assert text.startswith("Traceback")
     assert "in broken" in text
     assert text.rstrip().endswith("happened")
-    monkeypatch.setattr(worker, "load_model", lambda *args, **kwargs: weights.check_memory(1 << 60, "cuda:0"))
+    monkeypatch.setattr(rank_model, "load_model", lambda *args, **kwargs: weights.check_memory(1 << 60, "cuda:0"))
     with pytest.raises(RankError, match=r"the weights need .* but only"):
         serve(config(folder, 1), [0], [prompt(folder)], node)
     assert [*tmp_path.glob("expertwire-rank*")] == [log]

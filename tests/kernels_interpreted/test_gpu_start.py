@@ -13,6 +13,7 @@ from expertwire.comm.control.channel import RankError
 from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory_plan
+from expertwire.engine.loader import rank_model
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.runner.model_runner import ModelRunner
 
@@ -33,7 +34,7 @@ def done(monkeypatch):
     """Record what has been done, in order."""
     done = []
     seen(monkeypatch, memory_plan, "check", done, lambda plan: "check")
-    seen(monkeypatch, worker, "load_model", done, lambda *args, **kwargs: "load")
+    seen(monkeypatch, rank_model, "load_model", done, lambda *args, **kwargs: "load")
     seen(monkeypatch, ModelRunner, "run_peak", done, lambda self, *sizes: ("largest step", *sizes))
     seen(monkeypatch, Decoder, "allocate", done, lambda self, **sizes: ("caches", sizes["num_blocks"]))
     seen(monkeypatch, ModelRunner, "warm_up", done, lambda self, *sizes: "warm up")
