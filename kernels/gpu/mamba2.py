@@ -6,9 +6,8 @@ side by side. A decode's program computes its token's chunk by the same operatio
 a whole chunk, as tensor cores take 64 of them anyway, so that its bits are those of a prefill. It reads the state and the
 chunk's stored inputs and, but once in 64 tokens, writes no state.
 
-Products of fp32 numbers (the state, weights of tokens, inputs that move the state) with numbers of the model's 16 bits are two
-products: of the upper and of the lower half of the fp32 number. Numbers of fp32 models are multiplied as three products of
-tf32, for which registers do not suffice: such models are for tests.
+The state, weights of tokens, and inputs that move the state are fp32 numbers, multiplied with numbers of the model by
+`fp32.dot_fp32`. Of fp32 models these are three products of tf32, for which registers do not suffice: such models are for tests.
 
 T tokens, D width of the rows, H heads of d numbers, N numbers of the state for each of them, B blocks, S sequences. In the
 kernels M are the positions of a chunk that read, K those that are read.
@@ -22,52 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
+from expertwire.kernels.gpu.fp32 import dot_fp32, softplus
 from expertwire.kernels.ops.mamba2 import CHUNK, Mamba2Cache, Mamba2Weights
 from expertwire.kernels.ops.recurrent import StateMetadata
-
-
-@triton.jit
-def softplus(x):
-    """Return log(1 + e^x) to a few last bits, for small results too."""
-    e = tl.exp(-tl.abs(x))
-    z = e / (2.0 + e)  # log(1 + e) = 2 artanh(z), z <= 1/3
-    w = z * z
-    p = 1.0 / 15
-    for i in tl.static_range(7):
-        p = tl.fma(p, w, 1.0 / (13 - 2 * i))
-    return tl.maximum(x, 0.0) + 2.0 * z * p
 
 
 @triton.jit
 def discretize(raw, bias, dt_min, dt_max):
     """Return steps dt."""
     return tl.minimum(tl.maximum(softplus(raw.to(tl.float32) + bias), dt_min), dt_max)
-
-
-@triton.jit
-def halves(x, dtype: tl.constexpr):
-    """Return two numbers of 16 bits, whose sum is x but for its last seven bits or so."""
-    if dtype == tl.bfloat16:  # the upper half of the bits: conversions that are used twice are slow
-        upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        result = upper.to(dtype), (x - upper).to(dtype)
-    else:
-        rounded = x.to(dtype)
-        result = rounded, (x - rounded.to(tl.float32)).to(dtype)
-    return result
-
-
-@triton.jit
-def dot_fp32(a, b, acc):
-    """Return acc + a b, where one of them is fp32 and the other has the model's numbers."""
-    if a.dtype == b.dtype:
-        acc = tl.dot(a, b, acc, input_precision="tf32x3")
-    elif a.dtype == tl.float32:
-        upper, lower = halves(a, b.dtype)
-        acc = tl.dot(upper, b, tl.dot(lower, b, acc))
-    else:
-        upper, lower = halves(b, a.dtype)
-        acc = tl.dot(a, upper, tl.dot(a, lower, acc))
-    return acc
 
 
 @triton.jit

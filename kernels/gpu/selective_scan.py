@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.causal_conv1d import source_block
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
-from expertwire.kernels.gpu.mamba2 import softplus
+from expertwire.kernels.gpu.fp32 import softplus
 from expertwire.kernels.ops.recurrent import StateMetadata
 from expertwire.kernels.ops.selective_scan import ScanWeights
 
