@@ -194,16 +194,11 @@ class Scheduler:
             request.credit_limit = len(request.tokens) + request.credit
         for each in requests:
             each.account, each.arrival, each.place = account, now, request.place
-            each.is_long, each.outgrows_at, each.block_hashes = (
-                request.is_long,
-                request.outgrows_at,
-                request.block_hashes,
-            )
-            each.credit_limit = request.credit_limit
+            each.is_long, each.outgrows_at = request.is_long, request.outgrows_at
+            each.block_hashes, each.credit_limit = request.block_hashes, request.credit_limit
         self._lifecycle.lead(requests)
-        if (
-            running := None if parent is None else self._running.get(parent)
-        ) is not None and request.key in self._queue:
+        running = None if parent is None else self._running.get(parent)
+        if running is not None and request.key in self._queue:
             self._admission.add_fork(request, running, self._batch.tokens(running.row, running))
         return None
 
