@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from dataclasses import dataclass
@@ -196,6 +197,26 @@ def test_a_decision_sees_all_tokens_of_branches_that_have_no_news(groups):
     wait(groups, lambda: run.done)
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize(("falling_from", "max_tokens"), [(1, 10_000), (2, 20)])
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_group_decides_when_the_confidence_of_a_branch_falls(groups, falling_from, max_tokens, streams):
+    """The first whole window counts as one, of the branches from `falling_from` on."""
+    seen = []
+
+    class Watching(Script):
+        def decide(self, group):
+            if not group.branches:
+                return [Start(2)]
+            seen.append((len(group.branches[1].logprobs) >= 4, bool(group.with_status(Status.FINISHED))))
+            return [Finish()]
+
+    params = dataclasses.replace(LONG, max_tokens=max_tokens)
+    strategy = Watching(Needs(logprobs=True, falling_window=4, falling_from=falling_from))
+    run = start(groups, strategy, params=params, streams=streams)
+    wait(groups, lambda: run.done)
+    assert seen == [(True, falling_from == 2)]
 
 
 @pytest.mark.slow
