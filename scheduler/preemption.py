@@ -42,13 +42,19 @@ class Preemption:
         batch.free_outside_windows(rows)
         if (missing_CP <= batch.pool.num_free_CP).all():
             return rows, num, _NO_ROWS
-        victims = self._choose_victims(self._shortage(rows, num, missing_CP))
+        missing_CS = batch.missing_blocks(rows, num)
+        served_S = self._serve_blocks(rows, missing_CS)
+        short_CP = np.maximum(missing_CP - batch.pool.num_free_CP, 0)
+        self._forgive_states(short_CP, rows, missing_CS, served_S)
+        victims = self._choose_victims(short_CP)
+        if not len(victims):
+            return rows[served_S], num[served_S], _NO_ROWS
         batch.draining_Z[victims] = True
         self.num += len(victims)
         emptied = self._lifecycle.release()
         stay = ~np.isin(rows, victims)
         rows, num = rows[stay], num[stay]
-        served_S = self._serve_blocks(rows, batch.missing_blocks(rows, num))
+        served_S = self._serve_blocks(rows, missing_CS[:, stay])
         return rows[served_S], num[served_S], emptied
 
     def suspend_now(self, rows: np.ndarray) -> None:
@@ -56,26 +62,22 @@ class Preemption:
         self._lifecycle.give_way(rows)
         self.num += len(rows)
 
-    def _shortage(self, rows: np.ndarray, num: np.ndarray, missing_CP: np.ndarray) -> np.ndarray:
-        """Return how many blocks must be taken from running requests so that the others can go on: i64 [C, P].
+    def _forgive_states(
+        self, short_CP: np.ndarray, rows: np.ndarray, missing_CS: np.ndarray, served_S: np.ndarray
+    ) -> None:
+        """Set the recurrent states that ranks are short of to 0 where nobody has to be preempted for them.
 
-        A row that begins a recurrent state leaves the one before in the next plan. So where all branches of a group begin one in
-        the same step, and there is one for the most urgent row, some wait a step for the states of others, and none are taken.
+        A row that begins a state leaves the one before in the next plan. So where all branches of a group begin one in the same
+        step, and there is one for the most urgent row, the others wait a step for those that these leave.
         """
         batch = self._batch
-        short_CP = np.maximum(missing_CP - batch.pool.num_free_CP, 0)
         states_C = np.array([spec.kind == "state" for spec in batch.specs])
-        if not short_CP[states_C].any():
-            return short_CP
-        missing_CS = batch.missing_blocks(rows, num)
-        served_S, rank_S = self._serve_blocks(rows, missing_CS), batch.rank_Z[rows]
         for rank in np.flatnonzero(short_CP[states_C].any(axis=0)):
-            on_rank = np.flatnonzero(rank_S == rank)
-            first = on_rank[np.lexsort((batch.order_Z[rows[on_rank]], batch.priority_Z[rows[on_rank]]))[0]]
-            begun_C = (missing_CS[:, on_rank] * served_S[on_rank]).any(axis=1)
-            if served_S[first]:
+            here = np.flatnonzero(batch.rank_Z[rows] == rank)
+            most_urgent = here[np.lexsort((batch.order_Z[rows[here]], batch.priority_Z[rows[here]]))[0]]
+            begun_C = missing_CS[:, here[served_S[here]]].any(axis=1)
+            if served_S[most_urgent]:
                 short_CP[states_C & begun_C, rank] = 0
-        return short_CP
 
     def _choose_victims(self, short_CP: np.ndarray) -> np.ndarray:
         """Return the rows to preempt, ascending, so that `short_CP` more blocks become free.
