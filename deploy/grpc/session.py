@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 
 import grpc
@@ -25,6 +24,7 @@ from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import RequestError, RequestFailed
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.token_columns import ColumnReader
+from expertwire.scheduler.config import is_number
 
 _log = logging.getLogger(__name__)
 MAX_REQUESTS, MAX_BRANCHES = 1024, 4096  # of a session, that are open at once
@@ -227,9 +227,8 @@ class Session:
 
     def _refusal(self, submit: pb.SubmitRequest, num_branches: int) -> RequestError | None:
         request = submit.request
-        if (
-            submit.HasField("deadline_s") and not 0 <= submit.deadline_s < math.inf
-        ):  # NaN would disorder the loop's timers
+        # Before it becomes a timer: one of NaN, which compares with no number, puts all timers of the loop out of order.
+        if submit.HasField("deadline_s") and not (is_number(submit.deadline_s) and submit.deadline_s >= 0):
             text = f"deadline_s must be a finite number of seconds >= 0, got {submit.deadline_s!r}"
             return RequestError("INVALID_ARGUMENT", text)
         if self._ids_only and request.sampling_params.stop:
