@@ -1,8 +1,9 @@
-"""Threads of a process that do not interrupt others."""
+"""Child processes: their place among others, and threads that do not interrupt others."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 
 from expertwire.engine import process
@@ -38,3 +39,16 @@ def test_where_priorities_may_not_be_changed(monkeypatch):
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     with process.batch_threads():
         assert policy_of_a_thread() == before
+
+
+def print_place():
+    print(os.getsid(0), os.getpgid(0) == os.getpid(), flush=True)
+
+
+def test_a_child_shares_the_session_but_not_the_terminals_signals():
+    child = process.start_call("test_process:print_place", stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.read().split() == [str(os.getsid(0)).encode(), b"True"]
+    finally:
+        process.stop_all([child], 10)
+        child.stdout.close()

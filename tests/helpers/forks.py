@@ -1,7 +1,8 @@
 """Children of tests as forks of a process that has imported torch, numba and the engine, which takes seconds.
 
-`Forks.start_call` stands in for `expertwire.engine.process.start_call`: a child is the caller's own, with the same pipes, session
-and end. It asks a process that has only imported (this file, run as a script) to fork; `make test-slow` starts new interpreters.
+`Forks.start_call` stands in for `expertwire.engine.process.start_call`: a child is the caller's own, with the same pipes, process
+group and end. It asks a process that has only imported (this file, run as a script) to fork; `make test-slow` starts new
+interpreters.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _become(descriptors: list[int], middle: int, parent: int, folder: str, inher
         time.sleep(0.001)
     if os.getppid() != parent:
         os._exit(process.LIFELINE_EXIT_CODE)
-    os.setsid()
+    os.setpgid(0, 0)
     os.chdir(folder)
     # First out of the way: a descriptor's own number may be the wanted number of another.
     high = [os.dup2(each, 512 + i) for i, each in enumerate(descriptors)]
