@@ -192,6 +192,7 @@ def cost(num_ranks: int, running: int, steps: int, *, overlap: bool = True) -> d
     for _ in range(steps):
         ours.step()
     prompt_tokens, cached = (ours.scheduler.stats()[name] - before[name] for name in ("prompt_tokens", "cached_tokens"))
+    gc.unfreeze()
     gc.enable()
     watch = ours.watch
     return {
