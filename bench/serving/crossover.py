@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import statistics
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expertwire.bench.serving import throughput
-from expertwire.bench.serving.peers import Stopwatch, generate
+from expertwire.bench.serving.peers import generate, time_generation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,14 +173,12 @@ def _engine(folder: Path, max_model_len: int) -> Iterator[Any]:
 
 def _sample(frontend: Any, prompt: np.ndarray, output: int) -> dict[str, float]:
     """Return seconds of processors and of the wall, until the first token and for each of the others."""
-    watch = Stopwatch(1)
-    generate(frontend, prompt, output, watch)
-    prefill, decode = watch.stop()
+    prefill, decode, num_decoded = time_generation(functools.partial(generate, frontend, prompt, output), 1)
     return {
         "ttft_cpu_s": prefill.processor,
         "ttft_wall_s": prefill.wall,
-        "tpot_cpu_s": decode.processor / watch.decoded,
-        "tpot_wall_s": decode.wall / watch.decoded,
+        "tpot_cpu_s": decode.processor / num_decoded,
+        "tpot_wall_s": decode.wall / num_decoded,
     }
 
 

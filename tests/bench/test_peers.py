@@ -57,6 +57,21 @@ def test_tokens_of_a_frontend_are_counted(clock):
     assert watch.decoded == 15 - (3 + 2 + 1)  # those of the first three polls are prefill
 
 
+def test_a_generation_that_arrived_at_once_is_timed_again(clock):
+    found = [[0, 0, 0], [0, 0, 0], [0]]
+
+    def generate(watch):
+        watch.arrived(found.pop(0))
+        if not found:
+            watch.arrived([0, 0])
+
+    prefill, decode, num_decoded = peers.time_generation(generate, 1)
+    assert (prefill.processor, decode.processor, num_decoded) == (1, 1, 2)
+    found += [[0, 0, 0]] * 10
+    with pytest.raises(RuntimeError, match="all tokens arrived at once, 5 times: generate more of them"):
+        peers.time_generation(generate, 1)
+
+
 def test_a_refused_prompt_is_raised():
     frontend = fake_frontend.FakeFrontend()
     frontend.poll = lambda _: [type("Update", (), {"error": RequestError("INVALID_ARGUMENT", "no room")})]
