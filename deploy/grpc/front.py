@@ -22,6 +22,7 @@ from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy import runtime
 from expertwire.deploy.grpc.catalog import open_catalog
 from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.deploy.grpc.event_loop import GrpcEventLoop
 from expertwire.deploy.grpc.memory import Memory
 from expertwire.deploy.grpc.security import Security
 from expertwire.deploy.grpc.server import Server
@@ -78,7 +79,8 @@ def front_main(args: FrontArgs) -> None:
             frontends.append(stack.enter_context(contextlib.closing(frontend)))
         memory = Memory()
         sys.setswitchinterval(_SWITCH_S)
-        asyncio.run(_serve(args, frontends, parent, memory))
+        with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
+            runner.run(_serve(args, frontends, parent, memory))
 
 
 async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketChannel, memory: Memory) -> None:
