@@ -20,6 +20,7 @@ from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.group_loop import GroupLoop
 from expertwire.deploy.grpc.started import Opened, OpenedGroup, Prepared, RequestStream, Stream, Waker
+from expertwire.deploy.grpc.turns import Turns
 from expertwire.deploy.grpc.usage import GroupUsage, UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
@@ -33,7 +34,7 @@ from expertwire.strategies.base import Strategy
 MAX_REQUEST_ID = 256  # characters
 GOODBYE_S = 2.0  # for the last messages to be sent
 STALL_S = 30.0
-_BATCH_ROWS = 512  # tokens that are handled before the loop serves others
+_BATCH_ROWS = 256  # tokens that are handled before the loop serves others
 _PROMPT_END = 32  # tokens; more than any delimiter of reasoning and the space after it
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Requests:
         frontend: used by the loop's thread only.
         texts: tokenise what clients send.
         catalog: strategies and verifiers that clients may name.
+        turns: when clients are served.
         stall_s: a client that reads nothing for so many seconds, while there is output for it, loses its request.
 
     Attributes:
@@ -53,7 +55,9 @@ class Requests:
         draining: whether new requests are refused.
     """
 
-    def __init__(self, frontend: Frontend, texts: TextWorkers, catalog: Catalog, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self, frontend: Frontend, texts: TextWorkers, catalog: Catalog, turns: Turns, stall_s: float = STALL_S
+    ) -> None:
         self.frontend = frontend
         self.failure = ""
         self.draining = False
@@ -67,7 +71,9 @@ class Requests:
         self._loop = asyncio.get_running_loop()
         self._descriptor = frontend.fileno()
         self._writes = False  # whether the loop waits until the frontend can send more
-        self._loop.add_reader(self._descriptor, self._pump)
+        self._turns = turns
+        self._watches, self._pumps_later = True, False  # `_pump_later` stops watching for a while
+        self._loop.add_reader(self._descriptor, self._on_readable)
         self._groups = GroupLoop(frontend, self._settle)
         frontend.on_abort_by_name = self._abort_named
 
@@ -310,6 +316,25 @@ class Requests:
         if streams:
             self._loop.call_soon(self._pump)
 
+    def _on_readable(self) -> None:
+        if self._turns.calls_arrive:
+            self._pump_later()
+        else:
+            self._pump()
+
+    def _pump_later(self) -> None:
+        """Let the next round that serves clients begin with the news; until then nothing calls `_on_readable`."""
+        if not self._pumps_later:
+            self._pumps_later = True
+            self._loop.remove_reader(self._descriptor)
+            self._turns.begin_round_with(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._pumps_later = False
+        if self._watches:
+            self._loop.add_reader(self._descriptor, self._on_readable)
+            self._pump()
+
     def _pump(self) -> None:
         """Wake the streams whose requests have news."""
         try:
@@ -328,7 +353,7 @@ class Requests:
         if has_groups:
             self._groups.settle()
         if self.frontend.has_more and self.frontend.failure is None:
-            self._loop.call_soon(self._pump)  # the loop serves others in between
+            self._pump_later()
         self._settle()
 
     def _settle(self) -> None:
@@ -356,6 +381,7 @@ class Requests:
                 stream.fail("UNAVAILABLE", self.failure)
 
     def _stop_watching(self) -> None:
+        self._watches = False
         self._loop.remove_reader(self._descriptor)
         if self._writes:
             self._loop.remove_writer(self._descriptor)

@@ -127,7 +127,10 @@ class Server:
         authenticator, texts = authenticator or Authenticator(), texts or TextWorkers(frontend, None)
         each = ((frontend, texts), *others)
         models = Models(
-            [ServedModel(Requests(one, of, catalog, stall_s), of) for one, of in each], failed, cascades, decision_log
+            [ServedModel(Requests(one, of, catalog, self._turns, stall_s), of) for one, of in each],
+            failed,
+            cascades,
+            decision_log,
         )
         servicer, queries = InferenceServicer(models, authenticator), QueryServicer(models, info, catalog)
         health = HealthServicer(("", SERVICE), lambda: models.is_ready)

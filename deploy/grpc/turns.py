@@ -16,7 +16,9 @@ from collections.abc import Callable
 # Costs of a step, in messages of one token, which take about 80 us each.
 MESSAGE, OPENING, COSTLY = 1, 6, 24
 _ROUND = 24  # cost of the steps of a round
-_QUIET_S = 2e-3  # without another call, after which no more are expected
+# Rounds in which gRPC hands over a call that has waited, and seconds that its threads need for that: no more are expected
+# where none has arrived in both.
+_HANDOVER_ROUNDS, _QUIET_S = 6, 2e-3
 _PATIENCE_S = 20e-3  # for which arriving calls may keep others waiting
 
 
@@ -27,12 +29,27 @@ class Turns:
         self._left = _ROUND
         # By client, of whom the one whose turn it is comes first: what to call for each step, and its cost.
         self._waiting: dict[str, deque[tuple[Callable[[], bool], int]]] = {}
+        self._first: list[Callable[[], None]] = []  # what to call when the next round begins
         self._arrived_s = self._served_s = 0.0  # when a call has arrived, and when a round began, by `time.monotonic`
+        self._handover_rounds = 0  # in which another call may be handed over
         self._is_scheduled = False
 
     def note_arrival(self) -> None:
         """Take note that a call has arrived, behind which others may wait in gRPC."""
         self._arrived_s = time.monotonic()
+        self._handover_rounds = _HANDOVER_ROUNDS
+
+    @property
+    def calls_arrive(self) -> bool:
+        """Return whether arriving calls come first now."""
+        now = time.monotonic()
+        may_arrive = self._handover_rounds > 0 or now < self._arrived_s + _QUIET_S
+        return may_arrive and now < self._served_s + _PATIENCE_S
+
+    def begin_round_with(self, work: Callable[[], None]) -> None:
+        """Call `work` when the next round begins, which serves clients."""
+        self._first.append(work)
+        self._schedule()
 
     async def take(self, client: str, cost: int) -> None:
         """Wait until a client may do a step.
@@ -41,7 +58,7 @@ class Turns:
             client: whose step it is.
             cost: `MESSAGE`, `OPENING` or `COSTLY`.
         """
-        if self._left > 0 and not self._waiting and not self._has_to_wait():
+        if self._left > 0 and not self._waiting and not self.calls_arrive:
             self._left -= cost
             self._schedule()
             return
@@ -56,16 +73,12 @@ class Turns:
             client, cost: as for `take`.
             begin: lets the client's task go on.
         """
-        if self._left > 0 and not self._waiting and not self._has_to_wait():
+        if self._left > 0 and not self._waiting and not self.calls_arrive:
             if begin():
                 self._left -= cost
         else:
             self._waiting.setdefault(client, deque()).append((begin, cost))
         self._schedule()
-
-    def _has_to_wait(self) -> bool:
-        now = time.monotonic()
-        return now < self._arrived_s + _QUIET_S and now < self._served_s + _PATIENCE_S
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
@@ -75,11 +88,18 @@ class Turns:
     def _begin(self) -> None:
         """Begin a round: let those do a step whose turn it is."""
         self._is_scheduled = False
-        if self._has_to_wait():
-            asyncio.get_running_loop().call_later(_QUIET_S, self._begin)
-            self._is_scheduled = True
+        if self.calls_arrive:
+            self._is_scheduled, loop = True, asyncio.get_running_loop()
+            if self._handover_rounds > 0:
+                self._handover_rounds -= 1
+                loop.call_soon(self._begin)
+            else:
+                loop.call_later(_QUIET_S, self._begin)
             return
         self._left, self._served_s = _ROUND, time.monotonic()
+        first, self._first = self._first, []
+        for work in first:
+            work()
         while self._waiting and self._left > 0:
             client = next(iter(self._waiting))
             steps = self._waiting.pop(client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 
@@ -10,9 +11,12 @@ import grpc
 from helpers import fake_frontend
 
 from expertwire.deploy.grpc import turns
+from expertwire.deploy.grpc.catalog import Catalog
+from expertwire.deploy.grpc.requests import Requests
 from expertwire.deploy.grpc.server import SERVICE, Server
 from expertwire.deploy.grpc.turns import COSTLY, MESSAGE, OPENING, Turns
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.frontend.text_workers import TextWorkers
 
 PER_ROUND = {MESSAGE: 24, OPENING: 4, COSTLY: 1}  # steps
 
@@ -70,6 +74,85 @@ def test_arriving_calls_come_first_but_not_for_long():
         assert len(sizes) < 3 + (time.monotonic() - began) / turns._PATIENCE_S, "a few at a time"
 
     asyncio.run(run())
+
+
+def test_a_call_may_be_handed_over_while_rounds_are_slow(monkeypatch):
+    monkeypatch.setattr(turns, "_QUIET_S", 0.0)
+    monkeypatch.setattr(turns, "_PATIENCE_S", 60.0)
+
+    async def run():
+        shared, done = Turns(), []
+        await take_all(shared, done, "a", 8)
+        shared.note_arrival()
+        asking = asyncio.ensure_future(take_all(shared, done, "a", 1))
+        rounds = 0
+        while not asking.done():
+            await asyncio.sleep(0)
+            rounds += 1
+        assert rounds >= turns._HANDOVER_ROUNDS
+
+    asyncio.run(run())
+
+
+class News(fake_frontend.FakeFrontend):
+    """Has ever more news, and notes in which rounds of the loop they are received."""
+
+    def __init__(self):
+        super().__init__()
+        self.has_more, self.round, self.received_in = True, 0, []
+        self._push_byte()
+
+    def _push_byte(self):
+        os.write(self._wake, b"x")
+
+    def receive(self, timeout=0.0, max_rows=None):
+        self.received_in.append(self.round)
+        return []
+
+
+async def go_round(frontend, num_rounds, each=lambda: None):
+    for _ in range(num_rounds):
+        frontend.round += 1
+        each()
+        await asyncio.sleep(0)
+
+
+def test_news_are_received_once_a_round():
+    async def run():
+        frontend = News()
+        requests = Requests(frontend, TextWorkers(frontend, None), Catalog(), Turns())
+        await go_round(frontend, 20)
+        for _ in range(5):
+            requests._pump()  # as an abort does
+        frontend.received_in.clear()
+        await go_round(frontend, 100)
+        requests.stop()
+        return frontend.received_in
+
+    received_in = asyncio.run(run())
+    assert len(received_in) > 50, "news are received all the time"
+    assert max(Counter(received_in).values()) == 1
+
+
+def test_news_wait_while_calls_arrive_but_not_for_long(monkeypatch):
+    monkeypatch.setattr(turns, "_PATIENCE_S", 0.2)
+
+    async def run():
+        frontend, shared = News(), Turns()
+        requests = Requests(frontend, TextWorkers(frontend, None), Catalog(), shared)
+        await go_round(frontend, 20)
+        frontend.received_in.clear()
+        began = time.monotonic()
+        while time.monotonic() < began + 1:
+            await go_round(frontend, 1, shared.note_arrival)
+        taken_s = time.monotonic() - began
+        num_received, at_end = len(frontend.received_in), frontend.round
+        requests.stop()
+        return num_received, at_end, taken_s
+
+    num_received, num_rounds, taken_s = asyncio.run(run())
+    assert 0 < num_received <= 2 + taken_s / 0.2
+    assert num_rounds > 10 * num_received
 
 
 def test_who_has_gone_has_no_turn():
