@@ -20,19 +20,6 @@ _HALF = np.uint64(32)
 
 
 @jit
-def _choose_greedily(logits_OV, token_O):
-    """Set the first of each row's largest logits, or -1 where that is not finite or one is NaN."""
-    for o in range(len(logits_OV)):
-        best, largest = 0, logits_OV[o, 0]
-        for v in range(logits_OV.shape[1]):
-            if not logits_OV[o, v] <= largest:
-                best, largest = v, logits_OV[o, v]
-                if np.isnan(largest):
-                    break
-        token_O[o] = best if np.isfinite(largest) else -1
-
-
-@jit
 def _scale(logits_OV, token_O, temperature_O, scaled_OV):
     """Divide logits, relative to that of the greedy token, by the temperature; those of rows that are greedy by 1."""
     for o in range(len(logits_OV)):
@@ -77,9 +64,8 @@ def _draw(probs_OV, temperature_O, min_p_O, seed_O, branch_O, position_O, token_
 
 def sample(logits_OV: Tensor, draws: Draws, *, drawn: bool = True, filtered: bool = True) -> Tensor:
     """As `kernels.ops.sampling.Sample`."""
-    token_O = torch.empty(len(logits_OV), dtype=torch.int64)
-    logits, token, temperature = logits_OV.numpy(), token_O.numpy(), draws.temperature_O.numpy()
-    _choose_greedily(logits, token)
+    logits, temperature = logits_OV.numpy(), draws.temperature_O.numpy()
+    token = _greedy_tokens(logits)
     if drawn:
         scaled_OV = torch.empty_like(logits_OV)
         _scale(logits, token, temperature, scaled_OV.numpy())
@@ -89,4 +75,11 @@ def sample(logits_OV: Tensor, draws: Draws, *, drawn: bool = True, filtered: boo
             probs_OV = torch.softmax(scaled_OV, dim=-1)
         columns = (column.numpy() for column in (draws.min_p_O, draws.seed_O, draws.branch_O, draws.position_O))
         _draw(probs_OV.numpy(), temperature, *columns, token)
+    return torch.from_numpy(token)
+
+
+def _greedy_tokens(logits_OV: np.ndarray) -> np.ndarray:
+    """Return the first of each row's largest logits, or -1 where that is not finite or one is NaN, i64 [O]."""
+    token_O = logits_OV.argmax(axis=1)  # a NaN counts as the largest
+    token_O[~np.isfinite(logits_OV[np.arange(len(logits_OV)), token_O])] = -1
     return token_O
