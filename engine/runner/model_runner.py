@@ -347,12 +347,9 @@ class ModelRunner:
         self.batch.change_logits(logits_OV, bent, slot_O)
         if self._thinking is not None:
             self._thinking.keep_closed(logits_OV, limits)
-        token_O = self._ops.sample(
-            logits_OV,
-            Draws(*columns),
-            drawn=bool(state["temperature"].any()),
-            filtered=bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any()),
-        )
+        drawn = bool(state["temperature"].any())
+        filtered = drawn and bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any())
+        token_O = self._ops.sample(logits_OV, Draws(*columns), drawn=drawn, filtered=filtered)
         if self._thinking is not None:
             token_O = self._thinking.control(token_O, limits)
         # The next step in flight computes a request that has just failed: it needs a token.
