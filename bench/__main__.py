@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code: 0 done, 1 something is wrong, 2 a wrong option."""
+    """Run a benchmark and return the exit code: 0 done, 1 something is wrong, 2 a wrong option."""
     if argv[:1] == ["attacks"]:
         from expertwire.bench.attacks import run as attacks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system knows it."""
+    """Return the CPU's name, as far as the system knows it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -115,7 +115,7 @@ def make_thinking_example(
 
 
 def read_problem(prompt: str) -> Problem:
-    """Return the problem that a prompt asks.
+    """Return the problem that a prompt poses.
 
     Raises:
         ValueError: the text is no prompt of the task.
@@ -139,7 +139,7 @@ def side_of(kind: Kind, numbers: tuple[int, ...]) -> Side:
 
 
 def final_answer(text: str) -> int | None:
-    """The number after the closing `answer`, or None where the text does not end in one."""
+    """Return the number after the closing `answer`, or None where the text does not end in one."""
     match text.rpartition(END_OF_THINKING if END_OF_THINKING in text else END_OF_STEP)[2].split():
         case ["answer", number] if number in _NUMBERS:
             return int(number)
@@ -159,7 +159,7 @@ def check(problem: Problem, text: str) -> bool:
 
 
 def first_wrong_step(problem: Problem, text: str) -> int | None:
-    """The position of the first wrong step in a whole or partial completion, or None; an unfinished step is not judged.
+    """Return the position of the first wrong step in a whole or partial completion, or None; an unfinished step is not judged.
 
     A step is wrong if it is malformed, takes numbers that are not left, miscalculates, restates the list wrongly, or (in
     `COUNTDOWN`) leaves a list from which the target can no longer be reached.
@@ -177,7 +177,7 @@ def first_wrong_step(problem: Problem, text: str) -> int | None:
 
 @lru_cache(maxsize=1 << 16)
 def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
-    """Every target that `COUNTDOWN` can reach from `numbers` (sorted), by exhaustive search."""
+    """Return every target that `COUNTDOWN` can reach from `numbers` (sorted), by exhaustive search."""
     if len(numbers) == 1:
         return frozenset(numbers)
     found: set[int] = set()

@@ -196,7 +196,7 @@ class Sharing:
         self._blocks_Cu[:, account.index] += blocks_C
 
     def _victims(self, account: Account, share: float, needed_C: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return rows of a tenant on one rank; none if its share would get too small.
+        """Return the rows of a tenant to preempt, all on one rank; none if its share would get too small.
 
         It is the rank that loses the fewest tokens and has the most left to compute in this step.
         """

@@ -324,6 +324,7 @@ def command_flags() -> Iterator[tuple[str, set[str]]]:
 
 
 BEGINNINGS = re.compile(r"(What|Of|How|Whether|Where|Who)\b")
+NO_VERBS = re.compile(r"(The|A|An|Those|That|To|With|At|All|One|Every|Anything)\b")
 # The last part of a tensor's name, as the `TD` in `x_TD`: capitals, digits, and the glossary's lower-case letters.
 SUFFIX = re.compile(r"_?[a-z][a-z0-9_]*_([A-Z0-9ecdrnvz]*[A-Z][A-Z0-9ecdrnvz]*)")
 OF_GEMMS = set("MNK")  # their own in kernels
@@ -337,6 +338,19 @@ def test_docstrings_begin_as_sentences():
         for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         and (text := ast.get_docstring(node)) and BEGINNINGS.match(text)
+    ]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    """Say "Return the ..." also where a noun would do; a property's docstring says what it is."""
+    wrong = [
+        f"{place(file, node)} {text.splitlines()[0]}"
+        for _, file, tree in sources(*MAY_IMPORT, "tools", "examples")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+        and (text := ast.get_docstring(node)) and NO_VERBS.match(text)
     ]  # fmt: skip
     assert not wrong, "\n".join(wrong)
 

@@ -70,7 +70,7 @@ class Batch:
 
 
 def make_batch(model: str, seed: int, batch_tokens: int, step: int) -> Batch:
-    """The batch of a step: a function of its arguments."""
+    """Return the batch of a step: a function of its arguments alone."""
     rng = random.Random(f"{seed} {step}")
     mix = MIXES[model]
     kind, size, _ = rng.choices(mix, [share for _, _, share in mix])[0]
@@ -125,7 +125,7 @@ def _forced(words: list[str], *, cut: bool) -> list[float]:
 
 
 def token_weights(kind: Kind, words: list[str]) -> list[float]:
-    """The weight of each completion token in the loss.
+    """Return the weight of each completion token in the loss.
 
     Which two numbers a step of `SUM` takes is arbitrary: predicting the draw only adds noise to the gradient, so these two
     tokens of a step weigh less. In `COUNTDOWN` the choice is the reasoning, and weighs as much as the rest.

@@ -142,7 +142,7 @@ class _MoE(nn.Module):
         self.c, self.gate, self.experts = c, nn.Linear(c.hidden_size, c.num_experts, bias=False), _Experts(c)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output and its load-balancing loss: E times the sum of (rows per token) x (mean probability)."""
+        """Return the layer's output and its load-balancing loss: E times the sum of (rows per token) x (mean probability)."""
         (T, D), K = x_TD.shape, self.c.num_experts_per_tok
         probabilities_TE = self.gate(x_TD).softmax(-1)
         topk_weights_TK, topk_ids_TK = probabilities_TE.topk(K)

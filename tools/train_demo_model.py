@@ -135,7 +135,7 @@ class Training:
         temporary.replace(self.state_path)
 
     def advance(self) -> float:
-        """One step of training; returns its loss."""
+        """Train for one step and return its loss."""
         started = time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.progress)
@@ -159,7 +159,7 @@ class Training:
 
 
 def hub_tensors(model: DemoModel) -> dict[str, Tensor]:
-    """The weights in bf16 by the hub's names: one tensor per expert and projection; the tied head is left out."""
+    """Return the weights in bf16 by the hub's names: one tensor per expert and projection; the tied head is left out."""
     tensors: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
@@ -222,7 +222,7 @@ def hub_config(c: DemoConfig) -> dict:
 
 
 def make_tokenizer() -> Tokenizer:
-    """One token a word; blanks and punctuation separate words, so `92?` is read as `92 ?`."""
+    """Return a tokenizer of one token a word; blanks and punctuation separate words, so `92?` is read as `92 ?`."""
     tokenizer = Tokenizer(models.WordLevel(TOKEN_IDS, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
@@ -255,7 +255,7 @@ def save_checkpoint(model: DemoModel, folder: Path) -> None:
 
 
 def compare_with_transformers(model: DemoModel, folder: Path, name: str) -> tuple[float, int, int]:
-    """The saved checkpoint in fp32 through transformers against this file's forward of the same (bf16) weights.
+    """Compare the saved checkpoint in fp32 through transformers with this file's forward of the same (bf16) weights.
 
     Returns:
         The largest difference of logits, and how many of how many next tokens are equal.

@@ -37,7 +37,7 @@ class Generates(Protocol):
     """An engine as `measure` needs it: `expertwire.LLM`, or anything with its `generate`."""
 
     def generate(self, prompts: Sequence[str], sampling_params: Sequence[SamplingParams]) -> Sequence[Any]:
-        """One object per prompt, with `outputs[i].text` and `.token_ids`."""
+        """Return one object per prompt, with `outputs[i].text` and `.token_ids`."""
         ...
 
 
@@ -107,7 +107,7 @@ def _measure_bin(
 
 
 def _texts(llm: Generates, asked: list[Problem], params: list[SamplingParams]) -> tuple[list[list[str]], int]:
-    """The texts of every problem's outputs, and the number of output tokens in all."""
+    """Return the texts of every problem's outputs, and the number of output tokens in all."""
     results = llm.generate([problem.prompt for problem in asked], params)
     assert len(results) == len(asked), f"{len(results)} results of {len(asked)} prompts"
     texts = [[output.text for output in result.outputs] for result in results]
@@ -115,18 +115,18 @@ def _texts(llm: Generates, asked: list[Problem], params: list[SamplingParams]) -
 
 
 def vote(texts: Iterable[str]) -> int | None:
-    """The most frequent final answer; the first to appear wins a tie; None where no text has one."""
+    """Return the most frequent final answer; the first to appear wins a tie; None where no text has one."""
     answers = Counter(answer for text in texts if (answer := final_answer(text)) is not None)
     return answers.most_common(1)[0][0] if answers else None
 
 
 def mean_share(scores: Sequence[float]) -> Share:
-    """The mean of independent scores and its standard error."""
+    """Return the mean of independent scores and its standard error."""
     return Share(statistics.fmean(scores), statistics.pstdev(scores) / math.sqrt(len(scores)))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     n = rows[0].samples
     lines = [f"| bin | greedy | pass@1 | maj@{n} | pass@{n} | tokens/sample |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -147,7 +147,7 @@ class TransformersLLM:
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
 
     def generate(self, prompts: Sequence[str], sampling_params: Sequence[SamplingParams]) -> list[SimpleNamespace]:
-        """Like `expertwire.LLM.generate`, but the draws follow from the first request's seed alone."""
+        """Generate as `expertwire.LLM.generate` does, but the draws follow from the first request's seed alone."""
         import torch
 
         params = sampling_params[0]

@@ -58,12 +58,12 @@ class Target:
 
     @classmethod
     def cpu(cls) -> Target:
-        """The CPU engine, beside which others are compared."""
+        """Return the CPU engine, with which others are compared."""
         return cls(device="cpu", ops=registry.cpu())
 
     @classmethod
     def gpu(cls, device: str, *, graphs: bool = True, fast: bool = False) -> Target:
-        """The GPU engine; on "cpu" its kernels are interpreted, and what would be replayed is done again."""
+        """Return the GPU engine; on "cpu" its kernels are interpreted, and a captured step is run again instead of replayed."""
         if device == "cpu":
             from expertwire.bench.kernels import interpreter
             from expertwire.kernels.gpu.device import describe
@@ -267,7 +267,7 @@ class OneRank:
         return answers, steps
 
     def answer(self, requests: Iterable[Request]) -> Answers:
-        """To these."""
+        """Submit requests and return their outputs when all are complete."""
         self.submit(requests)
         return self.run()[0]
 

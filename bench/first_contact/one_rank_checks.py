@@ -80,7 +80,7 @@ def like_the_cpu(device: str, dtype: Dtype) -> str:
 
 
 def _difference(found: Answers, expected: Answers) -> float:
-    """The mean absolute one of the prompts' log-probabilities."""
+    """Return the mean absolute difference of the prompts' log-probabilities."""
     pairs = [
         (found.prompts[key][position], logprob)
         for key, by_position in expected.prompts.items()
@@ -90,14 +90,14 @@ def _difference(found: Answers, expected: Answers) -> float:
 
 
 def graphs_change_nothing(device: str, dtype: Dtype) -> str:
-    """Tokens and bits of log-probabilities with captured steps, of decodes and mixed ones, and with none."""
+    """Check that CUDA graphs, of decode and mixed steps, change no token and no bit of a log-probability."""
     eager = _serve(Target.gpu(device, graphs=False), device, dtype)
     captured = _serve(Target.gpu(device), device, dtype)
     return _same(captured, eager, "with graphs")
 
 
 def company_changes_nothing(device: str, dtype: Dtype) -> str:
-    """A request's bits in a batch and alone, whole and in chunks, as decodes and as part of a prompt."""
+    """Check that a request has the same bits in a batch and alone, in one prefill and in chunks, decoded and prefilled."""
     target = Target.gpu(device)
     rank = _rank(device, target, dtype)
     requests = _requests(rank.config.vocab_size, device)

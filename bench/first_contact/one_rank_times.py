@@ -19,14 +19,14 @@ _LAUNCHES = ("LaunchKernel", "GraphLaunch")
 
 
 def decode(rank: OneRank, batch: int, context: int, num_steps: int) -> list[Step]:
-    """The steps in which all of `batch` requests decode, each behind a prompt of `context` tokens."""
+    """Return the steps in which all of `batch` requests decode, each behind a prompt of `context` tokens."""
     _submit(rank, batch, context, num_steps + _SKIPPED + 1)
     steps = [step for step in rank.run()[1] if step.tokens == step.sequences == batch]
     return steps[min(_SKIPPED, len(steps) - 1) :]
 
 
 def prefill(rank: OneRank, length: int, number: int) -> list[Step]:
-    """The steps of `number` prompts of `length` tokens, one a step."""
+    """Return the steps of `number` prompts of `length` tokens, one a step."""
     found = []
     for _ in range(number + 1):
         _submit(rank, 1, length, 1)
@@ -35,7 +35,7 @@ def prefill(rank: OneRank, length: int, number: int) -> list[Step]:
 
 
 def mixed(rank: OneRank, batch: int, context: int, chunk: int, number: int) -> list[Step]:
-    """The steps in which a prompt of `chunk` tokens is computed beside `batch` requests that decode."""
+    """Return the steps in which a prompt of `chunk` tokens is computed beside `batch` requests that decode."""
     chunks = -(-batch * context // rank.sizes.max_num_batched_tokens)
     _submit(rank, batch, context, number * 4 + chunks + 2 * _SKIPPED)
     rank.run(chunks + _SKIPPED)
@@ -80,7 +80,7 @@ def trace(rank: OneRank, batch: int, context: int, num_steps: int) -> dict[str, 
 
 
 def summary(events: Sequence[Mapping[str, Any]], num_steps: int) -> dict[str, Any]:
-    """A trace in Chrome's format by kernel and by gap; times in us.
+    """Return the time of a trace in Chrome's format by kernel and by gap, in us.
 
     Args:
         events: the trace's; those with "ph" "X" have a name, a category, a start "ts" and a duration "dur".

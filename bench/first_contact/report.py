@@ -18,7 +18,7 @@ _LEAST_TRACEBACK = 300
 
 
 def summary(results: Mapping[str, Any], names: Sequence[str]) -> str:
-    """At most `MOST_CHARACTERS`."""
+    """Return the report of all stages as text, of `MOST_CHARACTERS` at most."""
     stages = results["stages"]
     head = [f"first contact, {results['date']}, {_device(results)}"]
     if results["interpreted"]:
@@ -36,7 +36,7 @@ def summary(results: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def stage_line(name: str, found: Mapping[str, Any]) -> str:
-    """A stage's verdict."""
+    """Return a line with a stage's verdict, checks and figures."""
     checks, figures = found["checks"], found["figures"]
     right = sum(check["ok"] for check in checks)
     counts = [f"{right} of {len(checks)} checks right"] if checks else []
@@ -114,7 +114,7 @@ def _error_blocks(stages: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _end(text: str, most: int) -> str:
-    """The last characters, from the beginning of a line on."""
+    """Return the last characters of a text, `most` of them at most, from the beginning of a line on."""
     text = text.strip()
     if len(text) <= most:
         return text

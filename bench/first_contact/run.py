@@ -71,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(stages: Sequence[Stage] = STAGES) -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the parser of the command's options."""
     parser = _Parser(
         prog="python -m expertwire.bench first_contact",
         description=__doc__,
@@ -94,8 +94,8 @@ def make_parser(stages: Sequence[Stage] = STAGES) -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], stages: Sequence[Stage] = STAGES) -> int:
-    """The command; returns the exit code: 0 if all of its stages have passed or have nothing to do here, 1 if not, 2 for a wrong
-    option."""
+    """Run the command and return the exit code: 0 if all of its stages have passed or have nothing to do here, 1 if not, 2 for
+    a wrong option."""
     args = make_parser(stages).parse_args(argv)
     try:
         return main(args, stages)
@@ -140,7 +140,7 @@ def _found_device() -> str:
 
 
 def open_results(file: Path, device: str) -> dict[str, Any]:
-    """Those of earlier calls, or none.
+    """Return the results of earlier calls, or empty ones.
 
     Raises:
         ValueError: the file has other things, or results of another device.
@@ -161,10 +161,10 @@ def open_results(file: Path, device: str) -> dict[str, Any]:
 
 
 def choose(names: str | None, stages: Sequence[Stage], results: dict[str, Any]) -> list[Stage]:
-    """The stages to run: those asked for, else first those that have no whole result, then those that have failed.
+    """Return the stages to run: those asked for, else first those without a complete result, then those that have failed.
 
     Raises:
-        ValueError: there is no stage of a name.
+        ValueError: `names` has one that is no stage.
     """
     if names is not None:
         wanted = [name.strip() for name in names.split(",")]
@@ -178,7 +178,11 @@ def choose(names: str | None, stages: Sequence[Stage], results: dict[str, Any]) 
 
 
 def run_stage(stage: Stage, out: Path, device: str, limit_s: float, until: float, *, again: bool) -> dict[str, Any]:
-    """In a process of its own; what `stage_supervisor.supervise` returns. `again`: from the beginning, if it was cut."""
+    """Run a stage in a process of its own and return what `stage_supervisor.supervise` does.
+
+    Args:
+        again: whether a stage that was interrupted starts from the beginning instead of where it was.
+    """
     rows = out / f"{stage.name}.rows"
     if again:
         rows.unlink(missing_ok=True)
@@ -194,7 +198,7 @@ def run_stage(stage: Stage, out: Path, device: str, limit_s: float, until: float
 
 
 def write(file: Path, results: dict[str, Any]) -> None:
-    """All of it, or none if this process dies."""
+    """Write the results atomically: all of them, or none if this process dies."""
     new = file.with_suffix(".new")
     new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(new, file)

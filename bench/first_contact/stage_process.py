@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _watch(parent: int) -> None:
-    """A stage does not outlive its supervisor: it would keep the GPU."""
+    """Exit when the supervisor has ended: a stage that outlives it would keep the GPU."""
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_S)
     os._exit(1)

@@ -65,7 +65,7 @@ class Record:
     def figure(
         self, name: str, value: float, unit: str, *, bar: float | None = None, at_most: bool = False, source: str = ""
     ) -> None:
-        """A measured number, beside the bar of `source`; nothing where nothing is timed."""
+        """Record a measured number and the bar that `source` sets for it; nothing if this run is not timed."""
         if self.timed:
             more = {} if bar is None else {"bar": bar, "at_most": at_most, "source": source}
             self._write({"figure": name, "value": value if math.isfinite(value) else None, "unit": unit, **more})
@@ -75,19 +75,19 @@ class Record:
         self._write({"check": name, "ok": bool(ok), "says": says})
 
     def fact(self, name: str, value: Any) -> None:
-        """Anything else."""
+        """Record something that is neither a figure nor a check."""
         self._write({"fact": name, "value": value})
 
     def error(self, name: str, error: BaseException) -> None:
-        """With its traceback."""
+        """Record an exception with its traceback."""
         self.failure(name, "".join(traceback.format_exception(error)))
 
     def failure(self, name: str, text: str) -> None:
-        """An error that is text already."""
+        """Record an error given as text."""
         self._write({"error": name, "traceback": text[-_MOST_TRACEBACK:]})
 
     def end(self) -> None:
-        """The stage has done all."""
+        """Record that the stage is complete."""
         self._write({"end": True})
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Record:
 
 
 def read(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows, and how many lines are none of ours."""
+    """Return the rows of a record, and the number of lines that are not rows."""
     if not file.exists():
         return [], 0
     rows, rubbish = [], 0

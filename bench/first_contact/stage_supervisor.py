@@ -86,7 +86,7 @@ def _run(command: Sequence[str], output: Any, end: float) -> str:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """The process and all that it has started, but for what is in a session of its own and holds a lifeline."""
+    """End a process and its process group; children in sessions of their own end by their lifelines."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGABRT)  # faulthandler prints where it was
@@ -102,7 +102,7 @@ def _last_item(rows_file: Path) -> tuple[int, str]:
 
 
 def _blame(rows_file: Path, ended: str) -> None:
-    """The item that was running has failed."""
+    """Record that the item that was running has failed."""
     rows = stage_record.read(rows_file)[0]
     name = _last_item(rows_file)[1] or "before its first item"
     if not any(row.get("error") == name for row in rows):
@@ -117,7 +117,7 @@ def _tail(output: Any) -> str:
 
 
 def _summed_up(rows: list[dict[str, Any]], verdict: str, rubbish: int) -> dict[str, Any]:
-    """The rows by kind, and the verdict that they make of "passed"."""
+    """Return the rows by kind and the verdict, where "passed" becomes what the rows say."""
     by_kind: dict[str, list[dict[str, Any]]] = {
         kind: [row for row in rows if kind in row] for kind in ("figure", "check", "fact", "error")
     }

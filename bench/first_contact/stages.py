@@ -76,7 +76,7 @@ def _version(package: str) -> str | None:
 
 
 def tokens(run: Run) -> None:
-    """The engine on a small model: its tokens beside the CPU's, with graphs beside without, alone beside in company."""
+    """Check a small model's tokens: GPU against CPU, with CUDA graphs against without, alone against in a batch."""
     from expertwire.bench.first_contact import one_rank_checks as checks
 
     dtypes: tuple[checks.Dtype, ...] = ("float32",) if run.toy else ("float32", "bfloat16")
@@ -95,7 +95,7 @@ def tokens(run: Run) -> None:
 
 
 def kernels_correct(run: Run) -> None:
-    """Every kernel against its reference, on random inputs, into poisoned outputs."""
+    """Compare every kernel with its reference on random inputs; outputs are filled with NaN before."""
     _kernels(run, ("check-experts", "check-attention", "check-layer-ops"))
 
 
@@ -122,12 +122,12 @@ def kernels_bits(run: Run) -> None:
 
 
 def kernels_timed(run: Run) -> None:
-    """Experts of Qwen3-30B-A3B and attention, beside the device's limits and other libraries."""
+    """Time the experts of Qwen3-30B-A3B and attention, against the device's limits and other libraries."""
     _timed_kernels(run, ("experts-qwen3", "attention"))
 
 
 def kernels_timed_more(run: Run) -> None:
-    """The other formats, and what lies around."""
+    """Time experts in the other formats, routing and the remaining ops of a layer."""
     _timed_kernels(
         run,
         (
@@ -281,7 +281,7 @@ def _forget(run: Run) -> None:
 
 
 def serve(run: Run) -> None:
-    """The whole engine (frontend, controller, rank): random prompts, 64 at a time, as `expertwire bench throughput` has it."""
+    """Measure the whole engine (frontend, controller, rank) on random prompts, 64 at a time, as `expertwire bench throughput`."""
     if run.toy:
         run.record.fact(NOT_RUN, "the CPU engine has its own bench")
         return
@@ -358,7 +358,7 @@ def _in_one_process(run: Run, name: str, num_ranks: int, tokens: int, format: st
 
 
 def _loopback(run: Run) -> None:
-    """One rank of 8 with its peers' symmetric buffers on this GPU: the time of its kernels without a link between GPUs."""
+    """Time one rank of 8 whose peers' symmetric buffers are on this GPU: its kernels without a link between GPUs."""
     from expertwire.bench.all_to_all import loopback
 
     for tokens in (1, 128, 1024):

@@ -150,7 +150,7 @@ def linear_bits(rng: TensorRng, outputs: int, inputs: int) -> Ways:
 
 
 def norm_bits(rng: TensorRng) -> Ways:
-    """Compute rows alone and among others."""
+    """Return RMSNorm's rows as computed alone and in batches of several sizes."""
     x, weight = rng.normal(300, 2048), rng.normal(2048)
     whole = rms_norm.rms_norm(x, weight, 1e-6)
     ways = {f"T{size}": rms_norm.rms_norm(x[:size].contiguous(), weight, 1e-6)[:1] for size in (1, 40)}

@@ -99,7 +99,7 @@ def random_layer(seed: int, dtype: torch.dtype) -> Weights:
 
 
 def random_steps(layers: Sequence[Weights], num_tokens: int, seed: int) -> list[Step]:
-    """One for each layer, routed by it; no token is so near to choosing other experts that rounding decides."""
+    """Return a random step for each layer, routed by it; no token is so near to other experts that rounding decides."""
     generator = torch.Generator().manual_seed(seed)
     steps = []
     for i, layer in enumerate(layers):
@@ -113,7 +113,7 @@ def random_steps(layers: Sequence[Weights], num_tokens: int, seed: int) -> list[
 
 
 def measure(layers: Sequence[Weights], num_tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for `experts` and one for `layer`, after a check of every implementation."""
+    """Return a row for `experts` and one for `layer`, after a check of every implementation."""
     rows = []
     for what, ours, theirs in (
         ("experts", our_experts(layers), their_experts(layers, num_tokens)),
@@ -214,7 +214,7 @@ def _their_block(weights: Weights, variant: str) -> Any:
 
 
 def check(call: Call, what: str, layers: Sequence[Weights], steps: Sequence[Step]) -> float:
-    """The largest difference from the fp32 reference, in units of the reference's largest value.
+    """Return the largest difference from the fp32 reference, in units of the reference's largest value.
 
     Raises:
         ValueError: it is more than rounding can explain.

@@ -33,7 +33,7 @@ and on the text: a sentence whose next word is certain survives rounding, a list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the command's options."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder of a checkpoint (default: the demo model)")
     text = "formats to measure (default: all)"
     parser.add_argument("--formats", nargs="+", choices=tuple(ON_THE_FLY), default=tuple(ON_THE_FLY), help=text)
@@ -94,7 +94,7 @@ def _demo_texts(tokenizer: Tokenizer, num_tokens: int) -> Iterator[list[int]]:
 
 
 def measure(folder: str, texts: list[list[int]], formats: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row for the unquantised model, then one for each format.
+    """Return a row for the unquantised model, then one for each format.
 
     Raises:
         ValueError: the checkpoint has no experts, or they are quantised already.

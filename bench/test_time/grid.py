@@ -100,7 +100,7 @@ def _probe(size: int) -> Strategy:
 
 
 def _greedy_probe(n: int, bins: frozenset[tuple[Kind, int]] = frozenset()) -> Entry:
-    """A greedy output, and where the verifier rejects it a beam search."""
+    """Return the strategy of a greedy output and, where the verifier rejects it, a beam search."""
     rows = (Bin(strategy=BestOfN(1, demo_verifiers.process), least=0.5), Bin(strategy=_beam_search(n)))
     strategy = ComputeOptimal(rows, probe=1, greedy_probe=True, signal="verifier", verifier=demo_verifiers.process)
     return Entry(f"checked greedy, then beam {n}x4", lambda size: strategy, groups_at_once=800 // n, bins=bins)

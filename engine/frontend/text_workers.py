@@ -189,7 +189,7 @@ class TextWorkers:
             self._workers.add(WorkerHandle(self._args, self._go_on, self._replace))
 
     def _go_on(self, done: TextTask | None) -> None:
-        """Use a worker that is ready, or has done a task."""
+        """Assign the next task: a worker has become ready, or has completed `done`."""
         if done is not None:
             self._release(done)
         self._dispatch()

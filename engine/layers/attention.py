@@ -46,7 +46,7 @@ def declare(
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedQueryAttention:
-    """The attention of one layer; `rope` is of size 0 where nothing is rotated."""
+    """The attention of one layer; `rope` has size 0 in layers without rotary embedding."""
 
     config: AttentionConfig
     context: LayerContext

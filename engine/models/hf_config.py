@@ -74,7 +74,7 @@ class HfConfig:
         return tuple(map(float, values))
 
     def flag(self, name: str, *, default: Any = REQUIRED) -> bool:
-        """Return a boolean."""
+        """Return the field as a boolean."""
         return self._take(name, default, lambda v: isinstance(v, bool), "true or false")
 
     def one_of(self, name: str, *allowed: Any, default: Any = REQUIRED) -> Any:

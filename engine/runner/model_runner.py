@@ -203,7 +203,7 @@ class ModelRunner:
     # ---- steps
 
     def launch(self, plan: StepPlan) -> Launched:
-        """Give the device its work; see `rank_loop.Steps`. All ranks of the group call it with the same plan."""
+        """Launch a step, see `rank_loop.Steps`. All ranks of the group call it with the same plan."""
         return self._execute(plan) if self._ops.on_device else Launched(lambda: self._execute(plan).finish())
 
     @torch.inference_mode()

@@ -296,7 +296,7 @@ def _relu2(row, like):
 
 @jit
 def _gated_hidden(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden):
-    """Rows are gated while the next ones are multiplied."""
+    """Compute gated hidden rows: some are gated while the next ones are multiplied."""
     width, num_k = hidden.shape[1], x.shape[1]
     pending = other, HEAD, 0, bias, 0, gating, like, hidden, 0, width
     for i in range(num_panels(w13)):
