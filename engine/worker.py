@@ -41,7 +41,7 @@ from expertwire.engine.loader import weights
 from expertwire.engine.loader.rank_model import load_rank
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.process import raise_descriptor_limit
+from expertwire.engine.process import lower_priority, raise_descriptor_limit
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture
@@ -155,6 +155,8 @@ def _start(
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
     thinking = _thinking(config, model, sizes)
     runner = _warm_runner(config, model, caches, max_model_len, num_ranks, group, thinking)
+    if not model.context.ops.on_device:
+        lower_priority()
     link.send({})
     return runner
 

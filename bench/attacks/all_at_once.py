@@ -21,6 +21,7 @@ import grpc
 from expertwire.bench.attacks import models
 from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.target import Target
+from expertwire.deploy.grpc.event_loop import GrpcEventLoop
 
 NAME = "all_at_once"
 _QUEUE = ("--max-queued-requests-per-tenant", "2048")  # half of the queue, which the attackers would fill
@@ -97,7 +98,8 @@ def _main(name: str, address: str, pid: str, seconds: str) -> None:
     attack, server = ATTACKS[name], Target(address, int(pid))
     print("ready", flush=True)
     sys.stdin.readline()
-    report = asyncio.run(repeat(attack, server, float(seconds)))
+    with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
+        report = runner.run(repeat(attack, server, float(seconds)))
     print(json.dumps(report), flush=True)
 
 

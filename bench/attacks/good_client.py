@@ -22,6 +22,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertwire.bench.attacks.attack import authorization
+from expertwire.deploy.grpc.event_loop import GrpcEventLoop
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 
@@ -188,4 +189,5 @@ async def _main(address: str, interval_s: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1], float(sys.argv[2])))
+    with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
+        runner.run(_main(sys.argv[1], float(sys.argv[2])))

@@ -31,6 +31,7 @@ from expertwire.bench.attacks.registry import ATTACKS
 from expertwire.bench.attacks.server import Server
 from expertwire.bench.attacks.target import Sample, Target, Watch
 from expertwire.bench.machine import processor
+from expertwire.deploy.grpc.event_loop import GrpcEventLoop
 
 _WARM_UP_S = 2.0
 _QUIET_S = 5.0
@@ -141,7 +142,8 @@ def run(argv: Sequence[str]) -> int:
         for attack, length in zip(wanted, seconds, strict=True):
             load = os.getloadavg()
             try:
-                result = asyncio.run(measure(attack, length, Path(folder), extra, bare=args.bare))
+                with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
+                    result = runner.run(measure(attack, length, Path(folder), extra, bare=args.bare))
             except RuntimeError as error:
                 print(f"{attack.name}: not measured: {error}", flush=True)
                 results.append({"name": attack.name, "not_measured": str(error)})

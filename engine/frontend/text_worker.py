@@ -51,6 +51,7 @@ def worker_main(args: WorkerArgs) -> None:
     tokenizer = Tokenizer.open(args.folder)
     limit = psutil.Process().memory_info().data + args.memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    process.lower_priority()
     link = SocketChannel(socket.socket(fileno=args.link), max_pending=None)
     link.send({"ready": np.zeros(0, np.uint8)})
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 
 from expertwire.engine import process
@@ -52,3 +53,18 @@ def test_a_child_shares_the_session_but_not_the_terminals_signals():
     finally:
         process.stop_all([child], 10)
         child.stdout.close()
+
+
+def test_a_process_that_only_computes_leaves_processors_to_others():
+    code = """if True:
+        import os, threading
+        from expertwire.engine import process
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        process.lower_priority()
+        print(before, *(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")))
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    before, *after = map(int, found.split())
+    assert len(after) >= 2
+    assert set(after) == {max(before, 5)}
