@@ -80,8 +80,8 @@ def _describe_all_to_all(
     from expertwire.comm.all_to_all import cost_model
 
     copies = cost_model.distinct_ranks(cost_model.even(config.num_experts, ep_size), config.top_k)
-    out = cost_model.dispatch(1, sent, copies, ep_size).wire
-    back = cost_model.combine(1, row, config.top_k, ep_size).wire
+    out = cost_model.wire_bytes(sent, copies, ep_size)
+    back = cost_model.wire_bytes(row, config.top_k, ep_size)
     yield (
         f"a token goes to {copies:.2f} of {ep_size} ranks, {cost_model.duplicate_probability(copies, config.top_k):.0%} of its "
         f"{config.top_k} copies are saved; {out / 1e3:.1f} KB leave its rank, {back / 1e3:.1f} KB come back (uniform routing)"

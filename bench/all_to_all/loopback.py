@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from expertwire.bench.all_to_all.model import MACHINES, experts_of
+from expertwire.bench.all_to_all.traffic import Traffic, counted, row_bytes
 from expertwire.comm import symmetric_memory
-from expertwire.comm.all_to_all import cost_model
 from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.fp8 import packed
 from expertwire.comm.all_to_all.symmetric_buffer import SIGNAL_WORDS, BufferLayout, Region
@@ -99,11 +99,11 @@ class Loopback:
         self.rank.dispatch_recv(handle)
         return self.rank.combine_recv(self.rank.combine_send(handle, self.y_RD))
 
-    def traffic(self) -> tuple[cost_model.Traffic, cost_model.Traffic]:
+    def traffic(self) -> tuple[Traffic, Traffic]:
         """Return the bytes that dispatch and combine move with this routing."""
         ids_TK = self._physical_TK.cpu().numpy()
-        rows = (cost_model.row_bytes(self._shape[1], format) for format in (self._format, "bf16"))
-        (out, _), (_, back) = (cost_model.counted(ids_TK, self._offsets(), 0, row) for row in rows)
+        rows = (row_bytes(self._shape[1], format) for format in (self._format, "bf16"))
+        (out, _), (_, back) = (counted(ids_TK, self._offsets(), 0, row) for row in rows)
         return out, back
 
     def _offsets(self) -> tuple[int, ...]:

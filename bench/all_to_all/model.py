@@ -1,6 +1,6 @@
 """Bounds, published figures and a model of the fastest published kernel: `expertwire bench all-to-all --model nvl72`.
 
-*Bounds* are arithmetic on bytes (`comm.all_to_all.cost_model`), *published* figures are others'
+*Bounds* are arithmetic on bytes (`bench.all_to_all.traffic`), *published* figures are others'
 (`bench.all_to_all.published`), and *modelled* ones come from a model of TensorRT-LLM's one-sided kernel, fitted to its
 table at EP 8 and 16 and compared with EP 32 and 64 and narrower formats. None is a measurement of ours.
 
@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from expertwire.bench.all_to_all import published
+from expertwire.bench.all_to_all import published, traffic
 from expertwire.bench.all_to_all.published import HIDDEN_SIZE, TOP_K, Row
+from expertwire.bench.all_to_all.traffic import Traffic
 from expertwire.comm.all_to_all import cost_model
-from expertwire.comm.all_to_all.cost_model import Traffic
 
 Phase = Literal["dispatch", "combine"]
 PHASES: tuple[Phase, ...] = ("dispatch", "combine")
@@ -83,13 +83,11 @@ def wire_of(row: Row, phase: Phase) -> float:
 
 
 def _traffic(row: Row, phase: Phase) -> Traffic:
-    if row.perfect:
-        copies = cost_model.perfect_ranks(row.num_ranks, TOP_K)
-    else:
-        copies = cost_model.distinct_ranks(experts_of(row.num_ranks), TOP_K)
+    # The "perfect router" of TensorRT-LLM's benchmark sends a token to as many ranks as possible.
+    most = min(row.num_ranks, TOP_K)
+    copies = most if row.perfect else cost_model.distinct_ranks(experts_of(row.num_ranks), TOP_K)
     format = row.dispatch_format if phase == "dispatch" else row.combine_format
-    model = cost_model.dispatch if phase == "dispatch" else cost_model.combine_reduced
-    return model(row.num_tokens, cost_model.row_bytes(HIDDEN_SIZE, format), copies, row.num_ranks)
+    return traffic.expected(row.num_tokens, traffic.row_bytes(HIDDEN_SIZE, format), copies, row.num_ranks)
 
 
 def experts_of(num_ranks: int) -> list[int]:
@@ -149,15 +147,15 @@ def report(name: str) -> dict[str, Any]:
 
 def _bounds(machine: Machine) -> Iterator[dict[str, Any]]:
     """Yield, for uniform routing and each number of ranks, copies a token, and bounds at line rate and at the best rate."""
-    bf16, fp8 = (cost_model.row_bytes(HIDDEN_SIZE, name) for name in ("bf16", "fp8"))
+    bf16, fp8 = (traffic.row_bytes(HIDDEN_SIZE, name) for name in ("bf16", "fp8"))
     for ranks in machine.ep_sizes:
         copies = cost_model.distinct_ranks(experts_of(ranks), TOP_K)
         for tokens in (128, 4096):
             parts = {
-                "dispatch_fp8": cost_model.dispatch(tokens, fp8, copies, ranks),
-                "dispatch_bf16": cost_model.dispatch(tokens, bf16, copies, ranks),
-                "combine_rows": cost_model.combine(tokens, bf16, TOP_K, ranks),
-                "combine_reduced": cost_model.combine_reduced(tokens, bf16, copies, ranks),
+                "dispatch_fp8": traffic.expected(tokens, fp8, copies, ranks),
+                "dispatch_bf16": traffic.expected(tokens, bf16, copies, ranks),
+                "combine_rows": traffic.expected(tokens, bf16, TOP_K, ranks),
+                "combine_reduced": traffic.expected(tokens, bf16, copies, ranks),
             }
             yield {
                 "num_ranks": ranks,

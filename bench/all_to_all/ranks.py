@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expertwire.bench.all_to_all import traffic
 from expertwire.bench.all_to_all.processes import wait_ranks
 from expertwire.bench.all_to_all.step import Eager, Exchange, Graphed, Member, check, echo
 from expertwire.comm.all_to_all import backends, cost_model
@@ -132,8 +133,8 @@ def _measure(setting: Setting, candidate: Candidate, tokens: int, group: Group, 
         exchange = Graphed(Eager([member]))
         _step(exchange, x_TD, candidate.format, group, clock)
     times = [_step(exchange, x_TD, candidate.format, group, clock) for _ in range(setting.runs * setting.steps)]
-    rows = (cost_model.row_bytes(setting.hidden_size, format) for format in (candidate.format, "bf16"))
-    (out, _), (_, back) = (cost_model.counted(ids_TK, offsets, group.rank, row) for row in rows)
+    rows = (traffic.row_bytes(setting.hidden_size, format) for format in (candidate.format, "bf16"))
+    (out, _), (_, back) = (traffic.counted(ids_TK, offsets, group.rank, row) for row in rows)
     return {
         "candidate": str(candidate),
         "backend": candidate.backend,

@@ -8,6 +8,7 @@ import torch
 
 from expertwire.bench.all_to_all import run as all_to_all
 from expertwire.bench.all_to_all import text as all_to_all_text
+from expertwire.bench.all_to_all import traffic
 from expertwire.bench.all_to_all.ranks import Candidate, Setting
 from expertwire.comm.all_to_all import cost_model
 from expertwire.comm.group import NcclOptions
@@ -141,7 +142,7 @@ def test_bytes_of_a_routing_are_close_to_the_expected_ones():
     rng = np.random.default_rng(3)
     ids_TK = np.array([rng.permutation(64)[:8] for _ in range(4000)])
     offsets = tuple(range(0, 65, 8))
-    out, back = cost_model.counted(ids_TK, offsets, 3, 100)
+    out, back = traffic.counted(ids_TK, offsets, 3, 100)
     copies = cost_model.distinct_ranks([8] * 8, 8)
-    assert out.wire == pytest.approx(cost_model.dispatch(4000, 100, copies, 8).wire, rel=0.02)
-    assert back.wire == pytest.approx(cost_model.combine(4000, 100, 8, 8).wire, rel=0.02)
+    assert out.wire == pytest.approx(traffic.expected(4000, 100, copies, 8).wire, rel=0.02)
+    assert back.wire == pytest.approx(traffic.expected(4000, 100, 8, 8).wire, rel=0.02)

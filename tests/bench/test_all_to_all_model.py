@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from expertwire.bench.all_to_all import model, published
+from expertwire.bench.all_to_all import model, published, traffic
 from expertwire.comm.all_to_all import cost_model
 from expertwire.deploy import cli
 
@@ -30,10 +30,10 @@ def test_expected_bytes_are_the_mean_of_all_counted_ones(experts_P):
     offsets = [0, *np.cumsum(experts_P).tolist()]
     ids_TK = np.array(list(itertools.combinations(range(offsets[-1]), top_k)))
     tokens, copies = len(ids_TK), cost_model.distinct_ranks(experts_P, top_k)
-    counts = [cost_model.counted(ids_TK, offsets, rank, row) for rank in range(ranks)]
+    counts = [traffic.counted(ids_TK, offsets, rank, row) for rank in range(ranks)]
     expected = (
-        cost_model.dispatch(tokens, row, copies, ranks),
-        cost_model.combine(tokens, row, top_k, ranks),
+        traffic.expected(tokens, row, copies, ranks),
+        traffic.expected(tokens, row, top_k, ranks),
     )
     for phase in (0, 1):
         for field in ("unique", "sent", "wire"):
@@ -44,7 +44,7 @@ def test_expected_bytes_are_the_mean_of_all_counted_ones(experts_P):
 def test_counts_of_a_routing_worked_out_by_hand():
     """Experts 0-1 on rank 0, 2-3 on rank 1, 4 on rank 2; rank 1 is home."""
     ids_TK = np.array([[0, 1, 2], [3, -1, 2], [-1, -1, -1], [4, 0, 3]])
-    out, back = cost_model.counted(ids_TK, (0, 2, 4, 5), 1, 100)
+    out, back = traffic.counted(ids_TK, (0, 2, 4, 5), 1, 100)
     assert (out.unique, out.sent, out.wire) == (300, 600, 300)
     assert (back.unique, back.sent, back.wire) == (300, 800, 400)
 
@@ -57,22 +57,22 @@ def test_the_table_of_copies_and_bounds():
         assert found == pytest.approx(copies, abs=0.011)
         assert found * (ranks - 1) / ranks == pytest.approx(remote, abs=0.011)
         assert cost_model.duplicate_probability(found, 8) == pytest.approx(1 - copies / 8, abs=0.002)
-    fp8, bf16 = cost_model.row_bytes(7168, "fp8"), cost_model.row_bytes(7168, "bf16")
-    assert (bf16, fp8, cost_model.row_bytes(7168, "mxfp8"), cost_model.row_bytes(7168, "nvfp4")) == (
+    fp8, bf16 = traffic.row_bytes(7168, "fp8"), traffic.row_bytes(7168, "bf16")
+    assert (bf16, fp8, traffic.row_bytes(7168, "mxfp8"), traffic.row_bytes(7168, "nvfp4")) == (
         14336,
         7392,
         7392,
         4032,
     )
     copies = cost_model.distinct_ranks([32] * 8, 8)
-    assert cost_model.dispatch(4096, fp8, copies, 8).bound_us(450) == pytest.approx(312, abs=1)
-    assert cost_model.combine(4096, bf16, 8, 8).bound_us(450) == pytest.approx(913, abs=1)
-    assert cost_model.combine_reduced(4096, bf16, copies, 8).bound_us(450) == pytest.approx(605, abs=1)
+    assert traffic.expected(4096, fp8, copies, 8).bound_us(450) == pytest.approx(312, abs=1)
+    assert traffic.expected(4096, bf16, 8, 8).bound_us(450) == pytest.approx(913, abs=1)
+    assert traffic.expected(4096, bf16, copies, 8).bound_us(450) == pytest.approx(605, abs=1)
 
 
 def test_an_unknown_format_is_refused():
     with pytest.raises(ValueError, match="format must be one of fp32, bf16, fp8, mxfp8, nvfp4, got 'int8'"):
-        cost_model.row_bytes(7168, "int8")
+        traffic.row_bytes(7168, "int8")
 
 
 @pytest.mark.parametrize("phase", model.PHASES)
@@ -88,7 +88,7 @@ def test_the_fit_finds_the_parameters_it_was_made_with():
     true = model.KernelTime(floor_us=20, start_us=12, rate_gb_s=700, slowing=0.05)
     points = []
     for ranks, tokens in itertools.product((8, 16), (1, 32, 512, 2048)):
-        wire = cost_model.dispatch(tokens, 14336, 8, ranks).wire
+        wire = traffic.expected(tokens, 14336, 8, ranks).wire
         points.append((tokens, ranks, wire, true(wire, ranks)))
     found = model.fit(points)
     assert vars(found) == pytest.approx(vars(true))
