@@ -1,6 +1,6 @@
 """The control channel: named arrays between the controller, the ranks and the frontends.
 
-`SocketChannel` (with `listen` and `connect`) joins two processes, such as a frontend and the controller.
+`SocketChannel` (with `Listener` and `connect`) joins two processes, such as a frontend and the controller.
 `ControlHub` and `ControlLink` join the controller and P ranks. Every connection proves a shared token first,
 and nothing that arrives is ever unpickled. This package knows no plan and imports no torch.
 """
@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from expertwire.comm.control.codec import pack, unpack
-from expertwire.comm.control.connections import Listener, connect, listen
+from expertwire.comm.control.connections import Listener, connect
 from expertwire.comm.control.errors import ChannelClosed, RankError, RankLost, RankTimeout
 from expertwire.comm.control.hub import ControlHub, this_node
 from expertwire.comm.control.link import ControlLink
@@ -30,7 +30,6 @@ __all__ = [
     "RankTimeout",
     "SocketChannel",
     "connect",
-    "listen",
     "pack",
     "this_node",
     "unpack",

@@ -42,7 +42,15 @@ class _Handshake:
 
 
 class Listener:
-    """Accept connections of peers that know the token; drop the others."""
+    """Accept connections of peers that know the token; drop the others.
+
+    Attributes:
+        address: where it listens, with the chosen port.
+
+    Raises:
+        ValueError: the address is malformed.
+        OSError: it is in use or not of this host; the message names it.
+    """
 
     def __init__(self, address: str, token: str) -> None:
         self._token = token.encode()
@@ -128,16 +136,6 @@ class Listener:
         self._selector.unregister(sock)
         del self._unverified[sock]
         sock.close()
-
-
-def listen(address: str, token: str) -> Listener:
-    """Listen at `address`; `Listener.address` has the chosen port.
-
-    Raises:
-        ValueError: the address is malformed.
-        OSError: it is in use or not of this host; the message names it.
-    """
-    return Listener(address, token)
 
 
 def connect(address: str, token: str, *, timeout_s: float = 10.0) -> SocketChannel:

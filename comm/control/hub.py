@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from expertwire.comm.control.codec import pack, unpack
-from expertwire.comm.control.connections import listen
+from expertwire.comm.control.connections import Listener
 from expertwire.comm.control.errors import BEAT, ERROR, ChannelClosed, RankError, RankLost, RankTimeout
 from expertwire.comm.control.socket_channel import SocketChannel
 
@@ -56,7 +56,7 @@ class ControlHub:
     ) -> None:
         self.num_ranks = num_ranks
         self._node = node or this_node()
-        self._listener = listen(address, token)
+        self._listener = Listener(address, token)
         self.address = self._listener.address
         self._channels: dict[int, SocketChannel] = {}  # by rank
         self._answers: list[deque[dict[str, np.ndarray]]] = [deque() for _ in range(num_ranks)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from expertwire.comm.control.codec import unpack
-from expertwire.comm.control.connections import connect, listen
+from expertwire.comm.control.connections import Listener, connect
 from expertwire.comm.control.errors import BEAT, ERROR, ChannelClosed
 from expertwire.comm.control.socket_channel import SocketChannel
 
@@ -53,7 +53,7 @@ class ControlLink:
         kind, _, path = address.partition(":")
         self.folder = Path(path).parent if kind == "unix" and path.startswith("/") else None
         name = f"unix:@expertwire-{secrets.token_hex(8)}" if sys.platform == "linux" else "tcp:127.0.0.1:0"
-        self._listener = listen(name, token)  # for the other ranks of this node, if this one forwards plans
+        self._listener = Listener(name, token)  # for the other ranks of this node, if this one forwards plans
         self._plans: SocketChannel | None = None  # the hub, or the rank of this node that forwards
         self._followers: list[SocketChannel] = []
         self._frames: deque[bytearray] = deque()

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from expertwire.comm.control.channel import ChannelClosed, SocketChannel, connect, listen, pack, unpack
+from expertwire.comm.control.channel import ChannelClosed, Listener, SocketChannel, connect, pack, unpack
 from expertwire.engine import process
 
 DTYPES = hnp.boolean_dtypes() | hnp.integer_dtypes() | hnp.floating_dtypes() | hnp.complex_number_dtypes()
@@ -82,7 +82,7 @@ def connected(listener, token="token"):
 
 @pytest.fixture
 def pair(address):
-    listener = listen(address, "token")
+    listener = Listener(address, "token")
     ours, theirs = connected(listener)
     yield ours, theirs
     for part in (ours, theirs, listener):
@@ -189,7 +189,7 @@ def test_an_invalid_message_ends_the_channel():
 
 
 def test_a_killed_peer_is_noticed(address):
-    listener = listen(address, "token")
+    listener = Listener(address, "token")
     child = process.start_call("test_control_channel:talk", listener.address)
     channel = listener.accept(30)
     assert channel.recv(30)["n"][0] == 5
@@ -209,7 +209,7 @@ def talk(address):
 
 @pytest.mark.parametrize("token", ["", "Token", "token and more"])
 def test_a_wrong_token_is_dropped(address, token):
-    listener = listen(address, "token")
+    listener = Listener(address, "token")
     with ThreadPoolExecutor(1) as thread:
         connecting = thread.submit(connect, listener.address, token)
         assert listener.accept(0.2) is None
@@ -233,7 +233,7 @@ def test_a_listener_without_the_token_is_refused():
 
 
 def test_a_recorded_handshake_is_worthless():
-    listener = listen("tcp:127.0.0.1:0", "token")
+    listener = Listener("tcp:127.0.0.1:0", "token")
     where = ("127.0.0.1", int(listener.address.rpartition(":")[2]))
     with socket.create_server(("127.0.0.1", 0)) as recorder, ThreadPoolExecutor(2) as threads:
         # A man in the middle passes everything on, and keeps what the client sent.
@@ -258,7 +258,7 @@ def test_a_recorded_handshake_is_worthless():
 
 
 def test_connections_without_a_token_do_not_block_others():
-    listener = listen("tcp:127.0.0.1:0", "token")
+    listener = Listener("tcp:127.0.0.1:0", "token")
     port = int(listener.address.rpartition(":")[2])
     strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
     strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: someone\r\n\r\n" * 2)
@@ -270,7 +270,7 @@ def test_connections_without_a_token_do_not_block_others():
 
 
 def test_accept_works_from_a_select_loop():
-    listener = listen("tcp:127.0.0.1:0", "token")
+    listener = Listener("tcp:127.0.0.1:0", "token")
     with ThreadPoolExecutor(1) as thread:
         connecting = thread.submit(connect, listener.address, "token")
         accepted = None
@@ -284,7 +284,7 @@ def test_accept_works_from_a_select_loop():
 
 
 def test_a_unix_socket_leaves_no_file(tmp_path):
-    listen(f"unix:{tmp_path}/socket", "token").close()
+    Listener(f"unix:{tmp_path}/socket", "token").close()
     assert not list(tmp_path.iterdir())
 
 
@@ -294,15 +294,15 @@ def test_a_unix_socket_leaves_no_file(tmp_path):
 )
 def test_bad_addresses_are_named(bad):
     with pytest.raises(ValueError, match="address"):
-        listen(bad, "token")
+        Listener(bad, "token")
     with pytest.raises(ValueError, match="address"):
         connect(bad, "token")
 
 
 def test_an_address_in_use_or_without_a_listener_is_named():
-    listener = listen("tcp:127.0.0.1:0", "token")
+    listener = Listener("tcp:127.0.0.1:0", "token")
     with pytest.raises(OSError, match=listener.address):
-        listen(listener.address, "token")
+        Listener(listener.address, "token")
     listener.close()
     with pytest.raises(OSError, match=listener.address):
         connect(listener.address, "token")
