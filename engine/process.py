@@ -28,6 +28,7 @@ LIFELINE_EXIT_CODE = 75  # of a child whose lifeline was closed
 _LENGTH = struct.Struct("<Q")
 _PARENT_CHECK_S = 1.0
 _NICENESS = 5  # a third of the processor time of others
+_MOST_DESCRIPTORS = 65_536
 
 
 def start_call(
@@ -59,17 +60,15 @@ def start_call(
     return process
 
 
-def raise_descriptor_limit(wanted: int = 65_536) -> int:
-    """Raise this process's limit of open files towards `wanted`, as far as its hard limit allows; return the limit.
+def raise_descriptor_limit() -> None:
+    """Raise this process's limit of open files to `_MOST_DESCRIPTORS`, or as far as its hard limit allows.
 
     Strangers can open connections to a port, such as gloo's on loopback, which nothing of ours can refuse.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    limit = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_MOST_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        return limit
-    return soft
 
 
 @contextlib.contextmanager
