@@ -120,6 +120,8 @@ class Admission:
         self._batch, self._copies, self._queue, self._groups = batch, copies, queue, groups
         self._policy, self._balancing = policy, balancing
         self._quotas_hold = quotas_hold
+        config = batch.config
+        self._never_used = max(config.max_num_seqs - config.max_num_batched_tokens, 0)  # slots of a rank
         self.make_room: MakeRoom | None = None  # for a request that fits nowhere
         self._starting: list[Request] = []  # in this step
         self._in_progress = np.zeros(1 << len(batch.rank_Z).bit_length(), np.uint64)
@@ -128,11 +130,12 @@ class Admission:
 
     def choose(self, tokens_P: np.ndarray) -> Admissions:
         """Choose the requests that start now. `tokens_P`: what every rank's token budget has left."""
-        if not self._queue or not (tokens_P > 0).any():
+        if not self._queue:
             return NO_ADMISSIONS
-        budget = self._compute_budget(tokens_P)
-        if self.make_room is None and not ((budget.slots_P > 0) & (tokens_P > 0)).any():
+        slots_P = self._batch.num_free_P - self._groups.reserved_P - self._never_used
+        if not ((tokens_P > 0) & ((slots_P > 0) | (self.make_room is not None))).any():
             return NO_ADMISSIONS
+        budget = self._compute_budget(slots_P, tokens_P)
         may_start = QuotaCheck(self._batch) if self._quotas_hold else None
         forks = self._admit_forks(budget, may_start)
         self._starting = [part.requests[0] for part in forks]
@@ -154,11 +157,11 @@ class Admission:
         if self.forks:
             self.forks = {child: (row, num) for child, (row, num) in self.forks.items() if row not in rows}
 
-    def _compute_budget(self, tokens_P: np.ndarray) -> Budget:
+    def _compute_budget(self, slots_P: np.ndarray, tokens_P: np.ndarray) -> Budget:
         batch, config, balancing = self._batch, self._batch.config, self._balancing
         load_Z = balancing.load(batch.num_tokens_Z, batch.num_computed_Z, batch.limit_Z - batch.num_tokens_Z)
         budget = Budget(
-            slots_P=np.full(config.num_ranks, min(config.max_num_seqs, config.max_num_batched_tokens)),
+            slots_P=slots_P,
             tokens_P=tokens_P,
             blocks_CP=batch.pool.num_free_CP.copy(),
             load_P=balancing.load_P(batch.sum_P(load_Z), batch.num_admitted_P).astype(np.float64),
@@ -167,7 +170,6 @@ class Admission:
         due_Z = np.empty(len(batch.rank_Z), np.int32)
         loops.charge_running(batch.caches, batch.arrays, budget, self._in_progress, due_Z)
         if self._groups:
-            budget.slots_P[:] -= self._groups.reserved_P
             budget.blocks_CP[:] -= self._groups.reserved_P
         return budget
 
@@ -240,13 +242,13 @@ class Admission:
         """
         self.complete.clear()
         batch, groups = self._batch, self._groups
-        starting = dict(
-            zip((request.key for request in admissions.requests), range(len(admissions.requests)), strict=True)
-        )
-        computed = dict(zip(batch.key_Z[rows].tolist(), range(len(rows)), strict=True))
+        if not (leaders := groups.running()):
+            return admissions
+        starting = {request.key: i for i, request in enumerate(admissions.requests)}
+        computed = {key: i for i, key in enumerate(batch.key_Z[rows].tolist())}
         free_CP: np.ndarray | None = None
         parts = []
-        for key in groups.running():
+        for key in leaders:
             if (i := starting.get(key)) is not None:
                 rank, num_tokens = int(admissions.rank_A[i]), int(admissions.record_A["num_tokens"][i])
                 end = admissions.num_cached_A[i] + admissions.num_scheduled_A[i]

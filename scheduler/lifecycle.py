@@ -147,7 +147,7 @@ class Lifecycle:
         self.groups.check_integrity()
         assert all((key in self.running) == (rank >= 0) for key, rank in self.groups.ranks().items())
         assert all(key in self.running or key in self.queue for key in self.groups.ranks()), self.groups.ranks()
-        assert (batch.num_free_slots_P() >= self.groups.reserved_P).all(), self.groups.reserved_P
+        assert (batch.num_free_P >= self.groups.reserved_P).all(), self.groups.reserved_P
 
     def _end(self, rows: np.ndarray) -> list[Request]:
         """Stop running these rows' requests, and return them; the next plan releases their slots."""

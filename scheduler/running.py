@@ -81,6 +81,7 @@ class RunningBatch:
         num_rows = config.num_ranks * slots
         self.config, self.pool, self.specs = config, pool, tuple(specs)
         self.num_admitted_P = np.zeros(config.num_ranks, np.int64)
+        self.num_free_P = np.full(config.num_ranks, slots)  # rows that are not occupied
         self.rank_Z = np.repeat(np.arange(config.num_ranks), slots)
         self.slot_Z = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
         self.bounds_P1 = np.arange(config.num_ranks + 1) * slots
@@ -146,6 +147,7 @@ class RunningBatch:
         rows = free[self.offsets_P1(free)[rank_A] + positions_in_lists(counts_P)]
         assert (self.rank_Z[rows] == rank_A).all(), f"too few free slots for {counts_P} requests"
         self.num_admitted_P += counts_P
+        self.num_free_P -= counts_P
         self.order_Z[rows], self.priority_Z[rows] = record_A["order"], record_A["priority"]
         row_loops.start_rows(
             self.caches,
@@ -165,6 +167,7 @@ class RunningBatch:
     def release(self, rows: np.ndarray) -> None:
         """Empty the rows and free their blocks; the full ones stay in the prefix cache."""
         row_loops.release_rows(self.caches, self.pool.blocks, self.arrays, self.hasher is not None, rows)
+        self.num_free_P += np.bincount(self.rank_Z[rows], minlength=len(self.num_free_P))
 
     def forget(self, rows: np.ndarray) -> None:
         """Remove the tokens of these rows, which are to be released next, from the prefix cache."""
@@ -185,10 +188,6 @@ class RunningBatch:
         chunk = most if config.chunked_prefill_size is None else config.chunked_prefill_size
         count = step_loops.select_rows(self.caches, self.arrays, most, chunk, row_S, num_S, tokens_P, missing_CP)
         return row_S[:count], num_S[:count], tokens_P, missing_CP
-
-    def num_free_slots_P(self) -> np.ndarray:
-        """Return the number of empty rows of each rank, i64."""
-        return (~self.occupied_Z).reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
 
     def free_outside_windows(self, rows: np.ndarray) -> None:
         """Free the blocks before each row's windows, whose next token to compute is known."""
@@ -319,6 +318,8 @@ class RunningBatch:
     def check_integrity(self) -> None:
         """Assert that the counters are consistent, and the block tables are what the pool accounts for."""
         rows = np.flatnonzero(self.occupied_Z)
+        num_free_P = (~self.occupied_Z).reshape(len(self.num_free_P), -1).sum(axis=1)
+        assert np.array_equal(self.num_free_P, num_free_P), (self.num_free_P, num_free_P)
         assert not (self.running_Z & ~self.occupied_Z).any(), "running, but not occupied"
         known, tokens, computed = self.num_known_Z[rows], self.num_tokens_Z[rows], self.num_computed_Z[rows]
         ahead = tokens - known

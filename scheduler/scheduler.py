@@ -267,7 +267,7 @@ class Scheduler:
             new_rows, new = self._admit(admissions)
         copies = copies.joined(self._copies.unshare(new_rows[admissions.parent_A >= 0]))
         leaders = new_rows
-        if self._groups:
+        if self._groups and (admissions.requests or self._admission.complete):
             leaders = self._start_followers(admissions, new_rows)
         num_missing = int(missing_CP.sum())
         step = batch.schedule(self._num_plans, rows, num, num_missing, new_rows, admissions.num_scheduled_A, leaders)

@@ -111,7 +111,7 @@ def charge(caches, budget, rank, needed_C, num_new, load):
 
 @jit
 def charge_running(caches, batch, budget, in_progress, due_Z):
-    """Charge the running requests to a budget of empty ranks, with the blocks that they will need.
+    """Charge the blocks that the running requests will need to a budget.
 
     Also put the first half of the next block hash of every running request with a full block left
     to compute into the set `in_progress`. `due_Z` is scratch.
@@ -120,10 +120,9 @@ def charge_running(caches, batch, budget, in_progress, due_Z):
     for at in range(len(in_progress)):
         in_progress[at] = np.uint64(0)
     for rank in range(len(budget.slots_P)):
-        num_occupied, num_running = 0, 0
+        num_running = 0
         for at in range(rank * batch.per_rank, (rank + 1) * batch.per_rank):
             row = batch.counters_Z[at]
-            num_occupied += batch.occupied_Z[at]
             if not batch.running_Z[at]:
                 continue
             num_running += 1
@@ -134,7 +133,6 @@ def charge_running(caches, batch, budget, in_progress, due_Z):
                 prefetch(batch.hash_ZB2, (at, row.num_hashed, 0))
                 due_Z[num_due] = at
                 num_due += 1
-        budget.slots_P[rank] -= num_occupied
         for cache in range(len(caches.size_C)):
             if caches.most_C[cache] > 1:
                 budget.blocks_CP[cache, rank] -= num_running  # for their next tokens
