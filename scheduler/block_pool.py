@@ -118,10 +118,6 @@ class BlockPool:
         self.free(cache, rank_B, self.allocate(cache, rank_B))
         return int(count)
 
-    def num_used(self, cache: int) -> np.ndarray:
-        """Return the number of blocks with references: i64 [P]."""
-        return self.num_blocks_C[cache] - self.num_free_CP[cache]
-
     def stats(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return how many blocks each cache has on a rank, and how many are used and were evicted on each, by name."""
         used_CP = self.num_blocks_C[:, None] - self.num_free_CP
