@@ -113,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, metavar="S", help="length of each attack (default: its own)")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="how often (default: %(default)s)")
     parser.add_argument(
-        "--all-at-once", type=float, metavar="S", help="also run those that can share a server for S seconds, together"
+        "--all-at-once", type=float, metavar="S", help="run those that can share a server together, for S seconds"
     )
     parser.add_argument(
         "--bare", action="store_true", help="attack a gRPC server that does nothing; for attacks that only generate"
@@ -132,11 +132,14 @@ def run(argv: Sequence[str]) -> int:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     extra = tuple(serve_args.split("\0")) if serve_args else ()
-    wanted = [ATTACKS[name] for name in args.names or ([] if args.all_at_once else ATTACKS)] * args.repeat
-    seconds = [attack.seconds if args.seconds is None else args.seconds for attack in wanted]
+    chosen = [ATTACKS[name] for name in args.names or ATTACKS]
     if args.all_at_once:
-        wanted.append(all_at_once.all_at_once([attack for attack in ATTACKS.values() if attack.joins]))
-        seconds.append(args.all_at_once)
+        if alone := [attack.name for attack in chosen if args.names and not attack.joins]:
+            print(f"error: --all-at-once cannot run {alone[0]!r}, which needs a server of its own", file=sys.stderr)
+            return 2
+        chosen = [all_at_once.all_at_once([attack for attack in chosen if attack.joins])]
+    wanted = chosen * args.repeat
+    seconds = [args.all_at_once or args.seconds or attack.seconds for attack in wanted]
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for attack, length in zip(wanted, seconds, strict=True):

@@ -239,6 +239,25 @@ def test_an_unknown_attack_is_refused(capsys):
     assert "no attack 'nonsense'" in capsys.readouterr().err
 
 
+def test_some_attacks_together(monkeypatch, capsys):
+    measured = []
+
+    async def measure(attack, seconds, folder, extra, *, bare):
+        measured.append((attack.name, seconds))
+        raise RuntimeError("not here")
+
+    together = []
+    monkeypatch.setattr(attacks, "measure", measure)
+    make = all_at_once.all_at_once
+    monkeypatch.setattr(all_at_once, "all_at_once", lambda chosen: together.append(chosen) or make(chosen))
+    assert attacks.run(["fair", "bursts", "--all-at-once", "7"]) == 0
+    assert measured == [(all_at_once.NAME, 7.0)]
+    assert [[attack.name for attack in chosen] for chosen in together] == [["fair", "bursts"]]
+    assert attacks.run(["fair", "strangers", "--all-at-once", "7"]) == 2
+    assert "cannot run 'strangers'" in capsys.readouterr().err
+    assert len(measured) == 1
+
+
 def test_the_message_has_a_prefix():
     assert grpc_message(b"ab") == b"\0\0\0\0\x02ab"
 
