@@ -2,7 +2,8 @@
 
 An event loop runs all that is ready in one round, and gRPC needs about five rounds to hand over the next call. So a round that
 serves hundreds of streams keeps new clients out five times as long. Here the work of a round is bounded, and clients take it in
-turns. While calls arrive, they come before the work: until then nobody knows whose they are.
+turns. While calls arrive, they come before the work, which begins with the engine's news: until then nobody knows whose they
+are.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Turns:
         return may_arrive and now < self._served_s + _PATIENCE_S
 
     def begin_round_with(self, work: Callable[[], None]) -> None:
-        """Call `work` when the next round begins, which serves clients."""
+        """Call `work` when the next round of work begins."""
         self._first.append(work)
         self._schedule()
 
