@@ -23,6 +23,7 @@ def num_wake_ups(events):
 
 def test_events_that_came_together_leave_no_wake_ups(monkeypatch):
     seen = []  # wake-ups before and after the callback of gRPC's events
+    sockets = []  # that it reads them from
     add_reader = asyncio.SelectorEventLoop.add_reader
 
     def spy(loop, fd, callback, *args):
@@ -31,6 +32,8 @@ def test_events_that_came_together_leave_no_wake_ups(monkeypatch):
             callback(*args)
             seen.append((before, num_wake_ups(fd)))
 
+        if isinstance(fd, socket.socket):
+            sockets.append(fd)
         add_reader(loop, fd, counted if isinstance(fd, socket.socket) else callback, *args)
 
     monkeypatch.setattr(asyncio.SelectorEventLoop, "add_reader", spy)
@@ -56,7 +59,9 @@ def test_events_that_came_together_leave_no_wake_ups(monkeypatch):
             while len(begun) < CALLS:
                 await asyncio.sleep(0.01)
             may_send.set()
-            time.sleep(0.5)  # the loop stands still, so gRPC has the messages when it goes on
+            end = time.monotonic() + 30
+            while num_wake_ups(sockets[-1]) < CALLS and time.monotonic() < end:
+                time.sleep(0.01)  # the loop stands still, so gRPC has all messages when it goes on
             for call in calls:
                 await asyncio.to_thread(list, call)
         await server.stop(None)
