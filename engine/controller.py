@@ -312,7 +312,7 @@ def step(
         The step that the ranks are computing now, for the next call.
     """
     clock = [time.perf_counter()]
-    plan = _plan(state)
+    plan = _plan(state, in_flight)
     if plan is not None:
         state.hub.publish(plan.to_arrays())
     if not overlap:
@@ -340,9 +340,11 @@ def step(
     return plan
 
 
-def _plan(state: ControllerState) -> StepPlan | None:
+def _plan(state: ControllerState, in_flight: StepPlan | None) -> StepPlan | None:
     """Return the next step, with the experts that move before it."""
-    now, report_load = time.monotonic(), bool(state.awaiting_stats)
+    # Who asks for statistics while a step that reports is in flight gets its answer from that one.
+    report_load = bool(state.awaiting_stats) and (in_flight is None or not in_flight.report_load)
+    now = time.monotonic()
     if state.rebalancing is None:
         return state.scheduler.plan(now, report_load=report_load)
     load_wanted, moves = state.rebalancing.next()

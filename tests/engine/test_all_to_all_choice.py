@@ -28,10 +28,10 @@ def test_a_frozen_rank_is_named():
         DEMO, launcher="local", ep_size=2, threads_per_rank=1, all2all_backend="nvlink", step_timeout_s=10.0
     ) as llm:
         llm.generate(["1+1="], SamplingParams(max_tokens=2), use_tqdm=False)
-        llm.stats()  # afterwards all ranks have answered everything
-        started = sorted(set(psutil.Process().children()) - before, key=lambda child: (child.create_time(), child.pid))
-        _, *ranks = started  # the first is the controller
-        ranks[1].suspend()
+        llm.stats()  # afterwards all ranks have answered everything, and wait for a plan
+        children = set(psutil.Process().children()) - before
+        started = sorted(children, key=lambda child: (child.create_time(), child.pid))[-3:]  # the controller, rank 0, rank 1
+        started[-1].suspend()
         with pytest.raises(EngineFailed, match=r"^rank 1 has stalled: .* dispatch of layer \d+") as failed:
             llm.generate(["1+1="], SamplingParams(max_tokens=8), use_tqdm=False)
     assert failed.value.rank == 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
+from helpers.sim_ranks import CACHES, SimRank, make_config
 
 from expertwire.engine import controller
+from expertwire.scheduler.plan import StepPlan
+from expertwire.scheduler.scheduler import Scheduler
 
 
 class Clock:
@@ -64,3 +68,26 @@ def test_a_short_pause_is_not_used_for_checks(clock):
     assert poll(12.0, busy=False) is None, "there is nothing to do until something comes"
     assert poll(20.0, busy=False) is None
     assert checks == [11.95]
+
+
+def test_statistics_cost_one_step():
+    """Another one would be in flight when they are answered, though nobody has asked for anything more."""
+    config, answered = make_config(), []
+    ranks = [SimRank(rank, config, CACHES) for rank in range(config.num_ranks)]
+    plans: deque[StepPlan] = deque()
+
+    def collect(timeout_s, meanwhile):
+        plan = plans.popleft()
+        return [rank.run(plan).to_arrays() for rank in ranks]
+
+    state = controller.ControllerState(
+        scheduler=Scheduler(config, CACHES),
+        hub=SimpleNamespace(publish=lambda arrays: plans.append(StepPlan.from_arrays(arrays)), collect=collect),
+        info=SimpleNamespace(num_layers=0),
+        frontends=SimpleNamespace(send=lambda number, message: answered.append(number)),
+    )
+    state.awaiting_stats.append(3)
+    in_flight = controller.step(state, None, 1.0)
+    state.awaiting_stats.append(4)
+    assert controller.step(state, in_flight, 1.0) is None
+    assert answered == [3, 4]
