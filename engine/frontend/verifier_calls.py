@@ -83,11 +83,6 @@ class VerifierCalls:
             end.setblocking(False)
 
     @property
-    def num_in_flight(self) -> int:
-        """Calls that have not returned, abandoned ones included."""
-        return len(self._in_flight)
-
-    @property
     def deadline_s(self) -> float | None:
         """When `deliver` must be called though nothing is readable, by `time.monotonic`; None: never."""
         return min((question.deadline_s for question in self._open_questions()), default=None)
