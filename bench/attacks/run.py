@@ -101,6 +101,12 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def _seconds(text: str) -> float:
+    if not (text.replace(".", "", 1).isdecimal() and float(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
+    return float(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     names = "\n".join(f"  {attack.name:<18}{attack.about}" for attack in ATTACKS.values())
@@ -110,10 +116,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="attacks to run (default: all)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="length of each attack (default: its own)")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="length of each attack (default: its own)")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="how often (default: %(default)s)")
     parser.add_argument(
-        "--all-at-once", type=float, metavar="S", help="run those that can share a server together, for S seconds"
+        "--all-at-once", type=_seconds, metavar="S", help="run those that can share a server together, for S seconds"
     )
     parser.add_argument(
         "--bare", action="store_true", help="attack a gRPC server that does nothing; for attacks that only generate"
@@ -132,6 +138,9 @@ def run(argv: Sequence[str]) -> int:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     extra = tuple(serve_args.split("\0")) if serve_args else ()
+    if args.all_at_once and args.seconds:
+        print("error: --all-at-once says how long; --seconds is for attacks one after another", file=sys.stderr)
+        return 2
     chosen = [ATTACKS[name] for name in args.names or ATTACKS]
     if args.all_at_once:
         if alone := [attack.name for attack in chosen if args.names and not attack.joins]:

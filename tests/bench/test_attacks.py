@@ -255,6 +255,11 @@ def test_some_attacks_together(monkeypatch, capsys):
     assert [[attack.name for attack in chosen] for chosen in together] == [["fair", "bursts"]]
     assert attacks.run(["fair", "strangers", "--all-at-once", "7"]) == 2
     assert "cannot run 'strangers'" in capsys.readouterr().err
+    assert attacks.run(["fair", "--all-at-once", "7", "--seconds", "5"]) == 2
+    assert "--all-at-once says how long" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        attacks.run(["--all-at-once", "0"])
+    assert "must be a number of seconds above 0, got 0" in capsys.readouterr().err
     assert len(measured) == 1
 
 
