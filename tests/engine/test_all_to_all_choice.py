@@ -30,8 +30,9 @@ def test_a_frozen_rank_is_named():
         llm.generate(["1+1="], SamplingParams(max_tokens=2), use_tqdm=False)
         llm.stats()  # afterwards all ranks have answered everything, and wait for a plan
         children = set(psutil.Process().children()) - before
-        started = sorted(children, key=lambda child: (child.create_time(), child.pid))[-3:]  # the controller, rank 0, rank 1
-        started[-1].suspend()
+        started = sorted(children, key=lambda child: (child.create_time(), child.pid))[-3:]
+        _controller, _rank_0, rank_1 = started
+        rank_1.suspend()
         with pytest.raises(EngineFailed, match=r"^rank 1 has stalled: .* dispatch of layer \d+") as failed:
             llm.generate(["1+1="], SamplingParams(max_tokens=8), use_tqdm=False)
     assert failed.value.rank == 1
