@@ -3,17 +3,25 @@
 More prompts than slots, each with branches of a strategy that stops early, beside its *twin*: the same number of branches with
 the same vote, all of which run to their ends. The twin of confidence pruning is a vote by the same confidences, so that both have
 the log-probabilities of all tokens; what these cost is printed by themselves, as the twin's time beside that of a plain vote.
-Ways alternate in one run, on one engine with the demo model; figures are medians over rounds.
+Ways alternate in one run, on one engine with the demo model; figures are medians over rounds. `--widen 16` pads the experts of
+the demo model with zeros to 16 times their width: it makes the same outputs, in steps that compute more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+import torch
 
 import expertwire
 from expertwire import LLM, SamplingParams
@@ -62,12 +70,13 @@ def main() -> int:
     parser.add_argument(
         "--slots", type=int, default=24, help="not a multiple of the branches, or all of a group end at once"
     )
+    parser.add_argument("--widen", type=int, default=1, help="width of the experts, in that of the demo model's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     ways = strategies(args.branches)
     rows: dict[str, list[dict[str, Any]]] = {}
-    with LLM(_DEMO, max_num_seqs=args.slots, enable_prefix_caching=False) as llm:
+    with widened(args.widen) as folder, LLM(folder, max_num_seqs=args.slots, enable_prefix_caching=False) as llm:
         measure(llm, args, ways[_WITHOUT], seed=0)  # a warm-up
         for number in range(args.rounds):
             for name, strategy in ways.items():
@@ -88,6 +97,27 @@ def main() -> int:
         options = {key: value for key, value in vars(args).items() if key != "json"}
         args.json.write_text(json.dumps({"options": options, "rows": rows, "medians": found}, indent=1) + "\n")
     return 0
+
+
+@contextlib.contextmanager
+def widened(factor: int) -> Iterator[Path]:
+    """Yield a folder with the demo model, whose experts have `factor` times the width; all that is added is zero."""
+    if factor < 1:
+        raise ValueError(f"widen must be at least 1, got {factor}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(_DEMO, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        config["moe_intermediate_size"] *= factor
+        (folder / "config.json").write_text(json.dumps(config))
+        weights = safetensors.torch.load_file(_DEMO / "model.safetensors")
+        for key, weight in weights.items():
+            if ".experts." in key:
+                added = (factor - 1) * config["moe_intermediate_size"] // factor
+                sides = (0, added) if "down_proj" in key else (0, 0, 0, added)  # of the last dimension first
+                weights[key] = torch.nn.functional.pad(weight, sides)
+        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        yield folder
 
 
 def measure(llm: LLM, args: argparse.Namespace, strategy: Strategy, *, seed: int) -> dict[str, Any]:
