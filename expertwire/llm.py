@@ -17,7 +17,7 @@ from expertwire.engine.frontend.api import EngineFailed, RequestOptions
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.groups import Groups, check_params
-from expertwire.engine.frontend.prompts import Prompt, score_params
+from expertwire.engine.frontend.prompts import Prompt, score_params, with_effort
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.generation import Job, ProgressBar, Run, delayed_interrupt
 from expertwire.group_generation import GroupJob, GroupsRun
@@ -155,7 +155,8 @@ class LLM:
             continue_final_message: continue the last message; excludes `add_generation_prompt`.
             chat_template: name of one of the model's templates, or the Jinja source of another.
             tools: JSON schemas of functions.
-            reasoning_effort: one of the model's reasoning efforts, such as "low", "medium" or "high" for gpt-oss.
+            reasoning_effort: such as "low", "medium" or "high" for gpt-oss; where the template does not read it, reasoning models
+                also take "none" and "minimal": it turns thinking off or on and sets a `thinking_budget` that is unset.
             thinking: whether the model thinks, if its template has a switch for it.
             chat_template_kwargs: further variables of the template.
 
@@ -184,7 +185,7 @@ class LLM:
         # The template writes the special tokens.
         prompts = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         each = _options_of(conversations, priority=priority, tenant=tenant, cache_salt=cache_salt)
-        return self._run(self._jobs(prompts, sampling_params, each), use_tqdm, strategy)
+        return self._run(self._jobs(prompts, sampling_params, each, chats), use_tqdm, strategy)
 
     def reward(
         self, prompts: Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]], *, use_tqdm: bool = True
@@ -239,6 +240,7 @@ class LLM:
         prompts: Sequence[tuple[str | None, Prompt]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         options: Sequence[RequestOptions],
+        chats: Sequence[Chat] | None = None,
     ) -> list[Job]:
         frontend = self.frontend
         sampling_params = self.get_default_sampling_params() if sampling_params is None else sampling_params
@@ -249,6 +251,8 @@ class LLM:
                 raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {param!r}")
             try:
                 tokens = frontend.encode(prompt, param)
+                if chats is not None:
+                    param = with_effort(param, chats[index], len(tokens), self.model_info, self.tokenizer)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
             jobs.append(Job(index, text, tokens, param, option))

@@ -354,7 +354,7 @@ PROMPTS: tuple[tuple[Any, ...], ...] = (
 OPTIONS_OF_CHATS: tuple[tuple[Any, ...], ...] = (
     ({"thinking": "no"}, "thinking", "True, False"),
     ({"thinking": False}, "thinking", "does not read", "enable_thinking or thinking"),
-    ({"reasoning_effort": "low"}, "reasoning_effort", "does not read"),
+    ({"reasoning_effort": "very"}, "reasoning_effort", "none, minimal, low, medium, high", "got 'very'"),
     ({"tools": "search"}, "tools", "JSON schemas"),
     ({"tools": [{"name": "search"}]}, "tools", "does not read"),
     ({"chat_template_kwargs": {"enable_thinkin": True}}, "chat_template_kwargs", "does not read enable_thinkin;"),

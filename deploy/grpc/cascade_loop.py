@@ -115,10 +115,8 @@ class CascadeLoop:
         other.CopyFrom(request)
         other.request_id = first.key[1]
         shares = small.makes_same_chats(large) if request.HasField("chat") else small.makes_same_tokens(large)
-        if shares:
-            other.token_ids.SetInParent()
-            other.token_ids.ids.extend(first.tokens.tolist())
-        prepared: dict[LegName, Prepared] = {"small": first, "large": await large.prepare(other, call, deadline_s)}
+        second = await large.prepare(other, call, deadline_s, first.tokens if shares else None)
+        prepared: dict[LegName, Prepared] = {"small": first, "large": second}
         small.check_is_new(first.key)  # others have been served meanwhile
         legs = {
             name: CascadeLeg(

@@ -25,6 +25,7 @@ from expertwire.deploy.grpc.usage import GroupUsage, UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import WINDOW, Frontend
+from expertwire.engine.frontend.prompts import with_effort
 from expertwire.engine.frontend.text_workers import TextWorkers
 from expertwire.engine.frontend.token_columns import ColumnReader
 from expertwire.engine.frontend.tokenizer import ReasoningIds
@@ -270,8 +271,10 @@ class Requests:
         if key in self._open:
             raise RequestFailed(RequestError("ALREADY_EXISTS", f"a request with the id {key[1]!r} is running"))
 
-    async def prepare(self, request: pb.GenerateRequest, call: Call, deadline_s: float | None) -> Prepared:
-        """Check a request and return what it says; arguments and errors as those of `submit`."""
+    async def prepare(
+        self, request: pb.GenerateRequest, call: Call, deadline_s: float | None, tokens: np.ndarray | None = None
+    ) -> Prepared:
+        """Check a request, with the tokens of its prompt if they are known, and return what it says. See `submit`."""
         arrived_s = time.monotonic()
         self._check_takes_requests()
         request_id = request.request_id or secrets.token_hex(16)
@@ -282,7 +285,8 @@ class Requests:
         self.check_is_new(key)
         params = grpc_messages.to_sampling_params(request.sampling_params, self.frontend.model_info)
         prompt = grpc_messages.to_prompt(request)
-        tokens = await self._texts.encode(prompt, params, client=call.client)
+        tokens = await self._texts.encode(prompt if tokens is None else tokens, params, client=call.client)
+        params = with_effort(params, prompt, len(tokens), self.frontend.model_info, self.frontend.tokenizer)
         options = grpc_messages.to_options(request, tenant, deadline_s)
         # Others have been served meanwhile.
         self._check_takes_requests()

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Names of the template variable that turns thinking on or off; a template reads at most one of them.
 JSON_FIELDS = frozenset({"messages", "tools", "chat_template_kwargs"})
+# Tenths of the most output tokens that each reasoning effort lets a model think whose template does not read the effort.
+EFFORT_TENTHS = {"none": 0, "minimal": 1, "low": 2, "medium": 5, "high": 8}
+# Names of the template variable that turns thinking on or off; a template reads at most one of them.
 THINKING = ("enable_thinking", "thinking")
 
 
@@ -21,7 +23,8 @@ class Chat:
             a list of text parts, {"type": "text", "text": ...}. The assistant's reasoning may be called "reasoning_content",
             "reasoning" or "thinking", whichever the template reads.
         tools: JSON schemas of functions.
-        reasoning_effort: one of the model's reasoning efforts, such as "low", "medium" or "high" for gpt-oss.
+        reasoning_effort: one of the model's reasoning efforts, such as "low", "medium" or "high" for gpt-oss; one of
+            `EFFORT_TENTHS` if the template does not read it but the model reasons.
         thinking: whether the model thinks, if its template has a switch for it.
         chat_template_kwargs: further variables of the template.
         add_generation_prompt: end the prompt with the start of the assistant's answer.
@@ -75,6 +78,16 @@ class ChatText:
     """A chat as it arrives: fields of `Chat`, of which those in `JSON_FIELDS` are JSON text that nobody has parsed."""
 
     fields: Mapping[str, Any]
+
+    @property
+    def reasoning_effort(self) -> str | None:
+        """As in `Chat`."""
+        return self.fields.get("reasoning_effort")
+
+    @property
+    def chat_template(self) -> None:
+        """None, as a template is not code that a client may send."""
+        return None
 
     def parse(self) -> Chat:
         """Return the chat.

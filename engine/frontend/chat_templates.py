@@ -80,10 +80,15 @@ class ChatTemplates:
         """
         return cls(_read_sources(folder, config), special_tokens)
 
-    def variables(self) -> tuple[str, ...]:
-        """Return the variables that a chat may set, in alphabetical order."""
-        found = frozenset().union(*(compiled.reads for compiled in self._templates.values()))
+    def variables(self, chat_template: str | None = None) -> tuple[str, ...]:
+        """Return the variables that a chat may set, in alphabetical order: of one template, as in `Chat`, or of all."""
+        some = self._templates.values() if chat_template is None else [self._choose(chat_template, with_tools=False)]
+        found = frozenset().union(*(compiled.reads for compiled in some))
         return tuple(sorted(found - {"messages", "tools", "add_generation_prompt"} - self._special_tokens.keys()))
+
+    def has_switch(self, chat: Chat) -> bool:
+        """Return whether the template of a chat has a switch for thinking. Raise ValueError if there is no template."""
+        return not self._choose(chat.chat_template, chat.tools is not None).reads.isdisjoint(THINKING)
 
     def render(self, chat: Chat, max_chars: int | None = None) -> str:
         """Return the prompt of a chat.

@@ -20,7 +20,7 @@ class OutputFormat:
         marks: strings that identify the family: each is a token of its vocabulary or part of its chat template.
         end_of_turn: tokens that end an answer, in addition to the checkpoint's end-of-sequence ids.
         reasoning: delimiters before and after the reasoning; None if the family has none.
-        reasoning_efforts: allowed values of `reasoning_effort` in a chat; empty if the template checks them.
+        reasoning_efforts: values of `reasoning_effort` in a chat that its templates know; empty if the template checks them.
     """
 
     name: str

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from expertwire.engine.config.engine_config import ModelInfo
-from expertwire.engine.frontend.chat import Chat, ChatText
+from expertwire.engine.frontend.chat import EFFORT_TENTHS, Chat, ChatText
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -46,6 +47,37 @@ def tokenize(prompt: str | Chat | ChatText, tokenizer: Tokenizer, max_chars: int
         return tokenizer.encode(prompt)
     chat = prompt.parse() if isinstance(prompt, ChatText) else prompt
     return tokenizer.encode_chat(chat, max_chars)
+
+
+def with_effort(
+    params: SamplingParams, prompt: Prompt, num_tokens: int, info: ModelInfo, tokenizer: Tokenizer | None
+) -> SamplingParams:
+    """Return the parameters with the thinking budget of a chat's reasoning effort, if its template does not read the effort.
+
+    A budget that is set stays.
+
+    Args:
+        params: as the client sends them.
+        prompt: the prompt, which has been encoded.
+        num_tokens: its length.
+        info: the model.
+        tokenizer: the model's.
+
+    Raises:
+        ValueError: the ranks could not tell where reasoning ends, or `min_thinking_tokens` is more than the budget.
+    """
+    if (
+        not isinstance(prompt, (Chat, ChatText))
+        or prompt.reasoning_effort is None
+        or params.thinking_budget is not None
+    ):
+        return params
+    if tokenizer is None or tokenizer.reads_effort(prompt.chat_template):
+        return params
+    most = params.most_output_tokens(num_tokens, info.max_model_len)
+    params = dataclasses.replace(params, thinking_budget=most * EFFORT_TENTHS[prompt.reasoning_effort] // 10)
+    _check_thinking(params, info, tokenizer)
+    return params
 
 
 def check_params(params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer | None) -> None:

@@ -7,6 +7,7 @@ of the text of single tokens.
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import tokenizers
 
 from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.frontend import sentences, text_bounds, tiktoken_files, tokenizer_files
-from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.chat import EFFORT_TENTHS, THINKING, Chat
 from expertwire.engine.frontend.chat_templates import ChatTemplates
 from expertwire.engine.frontend.output_formats import OutputFormat, output_format_of
 from expertwire.engine.frontend.vocabulary_text import VocabularyText
@@ -170,12 +171,33 @@ class Tokenizer:
         Raises:
             ValueError: as `ChatTemplates.render`; or the output format has no such `reasoning_effort`.
         """
-        efforts = self.output_format.reasoning_efforts
-        if chat.reasoning_effort is not None and efforts and chat.reasoning_effort not in efforts:
+        if chat.reasoning_effort is None:
+            return self._chat_templates.render(chat, max_chars)
+        is_read = self.reads_effort(chat.chat_template)
+        efforts = self.output_format.reasoning_efforts if is_read else tuple(EFFORT_TENTHS)
+        if efforts and chat.reasoning_effort not in efforts:
             raise ValueError(
                 f"reasoning_effort must be one of {', '.join(efforts)}, got {chat.reasoning_effort!r:.100}"
             )
+        if not is_read:
+            is_given = chat.thinking is not None or bool(chat.chat_template_kwargs.keys() & THINKING)
+            sets_switch = not is_given and self._chat_templates.has_switch(chat)
+            thinking = chat.reasoning_effort != "none" if sets_switch else chat.thinking
+            chat = dataclasses.replace(chat, reasoning_effort=None, thinking=thinking)
         return self._chat_templates.render(chat, max_chars)
+
+    def reads_effort(self, chat_template: str | None) -> bool:
+        """Return whether a chat's `reasoning_effort` is a matter of the template; else it sets thinking's switch and budget.
+
+        It is the template's without reasoning that ranks can control, too: one that does not read it then refuses it.
+
+        Args:
+            chat_template: as in `Chat`.
+
+        Raises:
+            ValueError: there is no such template.
+        """
+        return self.reasoning_ids is None or "reasoning_effort" in self._chat_templates.variables(chat_template)
 
     def encode_chat(self, chat: Chat, max_chars: int | None = None) -> list[int]:
         """Return the token ids of a chat. No special tokens are added: the template writes them. Raise as `render_chat`."""

@@ -163,6 +163,22 @@ def test_a_chat_becomes_the_prompt_of_its_template(server, client, serve_family)
     assert server["frontend"].submitted[-1][0] == tokenizer.encode_chat(Chat(messages=messages[:3], **options))
 
 
+def test_an_effort_that_the_template_does_not_read_sets_a_budget(server, client, serve_family):
+    tokenizer, messages = serve_family("qwen3"), chat_templates.QUESTION
+    options = {"tenant": "acme", "max_tokens": 50}
+    for effort, budget in (("none", 0), ("low", 10), ("high", 40)):
+        for more, expected in (({}, budget), ({"thinking_budget": 7}, 7)):
+            list(client.chat(messages, reasoning_effort=effort, **options, **more))
+            tokens, params = server["frontend"].submitted[-1]
+            assert tokens == tokenizer.encode_chat(Chat(messages=messages, thinking=effort != "none"))
+            assert params.thinking_budget == expected
+    list(client.chat(messages, thinking=True, **options))
+    assert server["frontend"].submitted[-1][1].thinking_budget is None
+    serve_family("granite_4")
+    with pytest.raises(ServerError, match="does not read reasoning_effort"):
+        list(client.chat(messages, reasoning_effort="low", **options))
+
+
 def test_a_prompt_of_text_may_open_the_reasoning_too(client, serve_family):
     tokenizer = serve_family("deepseek_r1")
     for text, opens in (("<think>\n", True), ("<think>\n\n</think>", False), ("<think> is a word", False)):

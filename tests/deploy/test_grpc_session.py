@@ -209,6 +209,22 @@ async def test_it_answers_what_generate_does(run):
 
 
 @scenario
+async def test_the_effort_of_a_chat_sets_the_budget(run):
+    """The template of the demo model does not read it."""
+    given, submit = [], run.frontend.submit
+    run.frontend.submit = lambda tokens, params, *more, **fields: (
+        given.append(params) or submit(tokens, params, *more, **fields)
+    )
+    chat = pb.Chat(messages='[{"role": "user", "content": "SUM 1 2"}]', reasoning_effort="medium")
+    client = run.session()
+    own = [pb.SamplingParams(max_tokens=30), pb.SamplingParams(max_tokens=30, thinking_budget=4)]
+    await client.send(*enumerate((pb.GenerateRequest(chat=chat, sampling_params=each) for each in own), 1))
+    await client.finish_all()
+    assert not any(end.code for end in client.ends.values())
+    assert sorted(params.thinking_budget for params in given) == [4, 15]
+
+
+@scenario
 async def test_ids_only_are_the_same_tokens_without_text(run):
     client = run.session(token_ids_only=True)
     await client.send(*((key, message) for key, message in REQUESTS.items() if not message.sampling_params.stop))

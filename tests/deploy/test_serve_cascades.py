@@ -14,6 +14,7 @@ import expertwire
 from expertwire.deploy.cascades import open_cascades
 from expertwire.deploy.grpc.client import Client, ServerError
 from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.engine.frontend.chat import Chat
 from expertwire.strategies.cascade import Cascade, Router
 from expertwire.strategies.cascade_log import reason_at
 from expertwire.strategies.cascade_policy import cascade_to_json
@@ -134,6 +135,17 @@ def alone(address):
     asked = [(name, prompt) for name in POLICIES for prompt in PROMPTS]
     with Client(address) as client:
         return {key: ask(client, *key) for key in [*asked, ("", PROMPTS[0]), ("small", PROMPTS[0])]}
+
+
+@pytest.mark.parametrize("name", ["keep", "doubt", "both"])
+def test_a_chat_is_rendered_for_both_models(client, name):
+    chat = Chat(messages=[{"role": "user", "content": "SUM 1 2"}], reasoning_effort="low")
+    found, generation = ask(client, name, chat)
+    expected, of_text = ask(client, name, "SUM 1 2 ?")
+    assert found == expected
+    assert generation.cascade.model == of_text.cascade.model
+    with pytest.raises(ServerError, match="one of none, minimal, low, medium, high"):
+        ask(client, name, dataclasses.replace(chat, reasoning_effort="very"))
 
 
 @pytest.mark.parametrize("of", ["", "small", "judge"])

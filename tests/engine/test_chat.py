@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import subprocess
@@ -283,6 +284,38 @@ class TestRefusals:
         ):
             with pytest.raises(ValueError, match=error):
                 tokenizer.render_chat(Chat(messages=QUESTION, **fields))
+
+    def test_an_effort_turns_thinking_on_or_off_where_the_template_does_not_read_it(self, tmp_path):
+        for family, template in chat_templates.FAMILIES.items():
+            folder = tmp_path / family
+            folder.mkdir()
+            tokenizer = Tokenizer.open(chat_templates.write(folder, template))
+            effort = "high" if family in ("gpt_oss", "mistral") else "minimal"
+            chat = Chat(messages=QUESTION, reasoning_effort=effort)
+            if tokenizer.output_format.reasoning is None:
+                with pytest.raises(ValueError, match=r"reasoning_effort: .* does not read reasoning_effort"):
+                    tokenizer.render_chat(chat)
+                continue
+            if "reasoning_effort" in tokenizer.chat_variables:
+                assert "high" in tokenizer.render_chat(chat)
+                continue
+            switch = next((name for name in ("enable_thinking", "thinking") if name in tokenizer.chat_variables), None)
+            for effort in ("none", "minimal", "low", "medium", "high"):
+                chat = Chat(messages=QUESTION, reasoning_effort=effort)
+                if switch is None:
+                    assert tokenizer.render_chat(chat) == tokenizer.render_chat(Chat(messages=QUESTION))
+                    continue
+                on, off = (tokenizer.render_chat(Chat(messages=QUESTION, thinking=value)) for value in (True, False))
+                assert on != off
+                assert tokenizer.render_chat(chat) == (off if effort == "none" else on)
+                # A switch that is set wins.
+                for value, text in ((True, on), (False, off)):
+                    for options in ({"thinking": value}, {"chat_template_kwargs": {switch: value}}):
+                        assert tokenizer.render_chat(dataclasses.replace(chat, **options)) == text
+            with pytest.raises(ValueError, match="one of none, minimal, low, medium, high, got 'max'"):
+                tokenizer.render_chat(Chat(messages=QUESTION, reasoning_effort="max"))
+            own = Chat(messages=QUESTION, reasoning_effort="max", chat_template="{{ reasoning_effort }}")
+            assert tokenizer.render_chat(own) == "max"
 
     @pytest.mark.parametrize(("family", "allowed"), [("gpt_oss", "low, medium, high"), ("mistral", "none, high")])
     def test_an_effort_that_the_model_does_not_know(self, tmp_path, family, allowed):

@@ -12,8 +12,8 @@ from helpers.thinking_machine import Limits, Marks, banned, chosen, num_reasonin
 from expertwire import LLM, SamplingParams
 from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.frontend import sentences
-from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.prompts import check_params
+from expertwire.engine.frontend.chat import Chat, ChatText
+from expertwire.engine.frontend.prompts import check_params, with_effort
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.kernels.ops.sampling import uniform
 
@@ -159,6 +159,64 @@ def test_the_ranks_know_what_the_output_format_says(tmp_path, family):
                 continue
             tokens = np.array(tokenizer.encode(prompt, add_special_tokens=False), np.int32)
             assert ids.opens(tokens) == output_format.opens_reasoning(prompt)
+
+
+def test_an_effort_is_a_switch_and_a_budget(tmp_path):
+    folder = write(tmp_path, FAMILIES["glm_47"], "Wait")  # whose prompts open the reasoning, or have it closed
+    with LLM(folder, **OPTIONS) as llm:
+        end = llm.tokenizer.thinking_ids.end
+        # Never of the model's own accord.
+        params = SamplingParams(temperature=0, max_tokens=21, ignore_eos=True, logit_bias={end: -100})
+
+        def chat(some=params, **options):
+            [output] = llm.chat(chat_templates.QUESTION, some, use_tqdm=False, **options)
+            return output.prompt, output.outputs[0].token_ids
+
+        for effort, budget in (("minimal", 2), ("low", 4), ("medium", 10), ("high", 16)):
+            prompt, tokens = chat(reasoning_effort=effort)
+            assert (prompt, tokens) == chat(dataclasses.replace(params, thinking_budget=budget), thinking=True)
+            assert tokens.index(end) == budget
+        prompt, tokens = chat(reasoning_effort="none")
+        assert (prompt, tokens) == chat(dataclasses.replace(params, thinking_budget=0), thinking=False)
+        assert end not in tokens
+        _, tokens = chat(dataclasses.replace(params, thinking_budget=3), reasoning_effort="high")
+        assert tokens.index(end) == 3
+        _, tokens = chat(reasoning_effort="none", thinking=True)
+        assert tokens.index(end) == 0
+        with pytest.raises(ValueError, match=r"prompt 0: min_thinking_tokens .* thinking_budget = 4"):
+            chat(dataclasses.replace(params, min_thinking_tokens=5), reasoning_effort="low")
+
+
+@pytest.mark.parametrize(
+    ("effort", "values", "budget"),
+    [
+        ("none", {}, 0),
+        ("minimal", {}, (INFO.max_model_len - 10) // 10),
+        ("low", {"max_tokens": 14}, 2),
+        ("medium", {"max_tokens": 1}, 0),
+        ("high", {"max_tokens": 10**9}, (INFO.max_model_len - 10) * 8 // 10),
+        ("high", {"max_tokens": 20, "thinking_budget": 20}, 20),
+        ("high", {"thinking_budget": 0}, 0),
+        (None, {}, None),
+    ],
+)
+def test_the_budget_of_an_effort(tmp_path, effort, values, budget):
+    chat = Chat(messages=chat_templates.QUESTION, reasoning_effort=effort)
+    text = ChatText(fields={"messages": "[]"} if effort is None else {"messages": "[]", "reasoning_effort": effort})
+    info, params = dataclasses.replace(INFO, vocab_size=1000), SamplingParams(**values)
+    tokenizers = {}
+    for family in ("qwen3", "gpt_oss", "granite_4"):
+        (tmp_path / family).mkdir()
+        tokenizers[family] = Tokenizer.open(chat_templates.write(tmp_path / family, FAMILIES[family]))
+    for prompt in (chat, text):
+        found = with_effort(params, prompt, 10, info, tokenizers["qwen3"])
+        assert found == dataclasses.replace(params, thinking_budget=budget)
+        assert with_effort(params, prompt, 10, info, tokenizers["gpt_oss"]) == params
+        assert with_effort(params, prompt, 10, info, tokenizers["granite_4"]) == params
+    for prompt in ("text", [1, 2]):
+        assert with_effort(params, prompt, 10, info, tokenizers["qwen3"]) == params
+    own = dataclasses.replace(chat, chat_template="{{ reasoning_effort }}")
+    assert with_effort(params, own, 10, info, tokenizers["qwen3"]) == params
 
 
 @pytest.mark.parametrize(
