@@ -99,8 +99,14 @@ class Turns:
             return
         self._left, self._served_s = _ROUND, time.monotonic()
         first, self._first = self._first, []
-        for work in first:
-            work()
+        try:
+            for work in first:
+                work()
+        finally:  # the loop reports an error of `work`, and clients are served all the same
+            self._serve()
+
+    def _serve(self) -> None:
+        """Let clients do a step until the round has cost enough."""
         while self._waiting and self._left > 0:
             client = next(iter(self._waiting))
             steps = self._waiting.pop(client)

@@ -155,6 +155,24 @@ def test_news_wait_while_calls_arrive_but_not_for_long(monkeypatch):
     assert num_rounds > 10 * num_received
 
 
+def test_clients_are_served_when_what_begins_the_round_fails():
+    async def run():
+        shared, reported, served = Turns(), [], []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context["exception"]))
+
+        def fail():
+            raise RuntimeError("news")
+
+        shared.begin_round_with(fail)
+        for _ in range(3):  # more than one round serves
+            shared.ask("a", COSTLY, lambda: served.append(len(served)) is None)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return served, [str(error) for error in reported]
+
+    assert asyncio.run(run()) == ([0, 1, 2], ["news"])
+
+
 def test_who_has_gone_has_no_turn():
     async def run():
         shared, done = Turns(), []
