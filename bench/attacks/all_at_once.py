@@ -1,14 +1,15 @@
 """All attacks that can share a server, together, each in a process of its own so that none waits for another's loop.
 
-A process is `python -m expertwire.bench.attacks.all_at_once NAME ADDRESS PID SECONDS`. It says that it is ready, waits for a
-line, repeats its attack until the time is over, whatever the server answers, gives up what it is doing then, and writes what
-it has seen as one line of JSON.
+A process is `python -m expertwire.bench.attacks.all_at_once NAME ADDRESS PID SECONDS NICENESS`. It says that it is ready, waits
+for a line, repeats its attack until the time is over, whatever the server answers, gives up what it is doing then, and writes
+what it has seen as one line of JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,11 +30,17 @@ _AFTER_FAILURE_S = 0.2
 _STOP_S = 20.0  # for an attacker to end after its time
 
 
-def all_at_once(attacks: Sequence[Attack]) -> Attack:
-    """Return an attack of all of them together, on the model that all can use."""
+def all_at_once(attacks: Sequence[Attack], niceness: int = 0) -> Attack:
+    """Return an attack of all of them together, on the model that all can use.
+
+    Args:
+        attacks: the attacks.
+        niceness: of the attackers' processes; with 19 they get the processor time that the server leaves, which is nearer to
+            clients on other machines.
+    """
 
     async def together(server: Target, seconds: float) -> dict[str, Any]:
-        attackers = await asyncio.gather(*(_start(attack.name, server, seconds) for attack in attacks))
+        attackers = await asyncio.gather(*(_start(attack.name, server, seconds, niceness) for attack in attacks))
         try:
             await asyncio.gather(*(attacker.stdout.readline() for attacker in attackers if attacker.stdout))
             reports = await asyncio.gather(*(_report(attacker, seconds) for attacker in attackers))
@@ -45,6 +52,7 @@ def all_at_once(attacks: Sequence[Attack]) -> Attack:
         seen = {attack.name: report for attack, report in zip(attacks, reports, strict=True)}
         return {
             "rounds": {name: f"{report['rounds']}+{report['failed']}" for name, report in seen.items()},
+            "niceness": niceness,
             "attackers_processor_s": round(sum(report["processor_s"] for report in reports), 1),
             "attackers": seen,
         }
@@ -58,8 +66,9 @@ def all_at_once(attacks: Sequence[Attack]) -> Attack:
     )
 
 
-async def _start(name: str, server: Target, seconds: float) -> Process:
-    command = [sys.executable, "-m", __name__, name, server.address, str(server.process.pid), str(seconds)]
+async def _start(name: str, server: Target, seconds: float, niceness: int) -> Process:
+    options = [name, server.address, str(server.process.pid), str(seconds), str(niceness)]
+    command = [sys.executable, "-m", __name__, *options]
     return await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
@@ -92,9 +101,10 @@ async def repeat(attack: Attack, server: Target, seconds: float) -> dict[str, An
     return {"rounds": rounds, "failed": failed, "processor_s": round(time.process_time(), 1), "last": last}
 
 
-def _main(name: str, address: str, pid: str, seconds: str) -> None:
+def _main(name: str, address: str, pid: str, seconds: str, niceness: str) -> None:
     from expertwire.bench.attacks.registry import ATTACKS
 
+    os.setpriority(os.PRIO_PROCESS, 0, int(niceness))  # threads that gRPC starts later inherit it
     attack, server = ATTACKS[name], Target(address, int(pid))
     print("ready", flush=True)
     sys.stdin.readline()

@@ -122,6 +122,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--all-at-once", type=_seconds, metavar="S", help="run those that can share a server together, for S seconds"
     )
     parser.add_argument(
+        "--niceness",
+        type=int,
+        choices=range(20),
+        default=0,
+        metavar="N",
+        help="of attackers with --all-at-once, 0 to 19",
+    )
+    parser.add_argument(
         "--bare", action="store_true", help="attack a gRPC server that does nothing; for attacks that only generate"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was seen there, after each attack")
@@ -141,12 +149,15 @@ def run(argv: Sequence[str]) -> int:
     if args.all_at_once and args.seconds:
         print("error: --all-at-once says how long; --seconds is for attacks one after another", file=sys.stderr)
         return 2
+    if args.niceness and not args.all_at_once:
+        print("error: --niceness needs --all-at-once, whose attackers are processes of their own", file=sys.stderr)
+        return 2
     chosen = [ATTACKS[name] for name in args.names or ATTACKS]
     if args.all_at_once:
         if alone := [attack.name for attack in chosen if args.names and not attack.joins]:
             print(f"error: --all-at-once cannot run {alone[0]!r}, which needs a server of its own", file=sys.stderr)
             return 2
-        chosen = [all_at_once.all_at_once([attack for attack in chosen if attack.joins])]
+        chosen = [all_at_once.all_at_once([attack for attack in chosen if attack.joins], args.niceness)]
     wanted = chosen * args.repeat
     seconds = [args.all_at_once or args.seconds or attack.seconds for attack in wanted]
     results: list[dict[str, Any]] = []

@@ -126,12 +126,13 @@ async def test_malformed_calls_reach_every_method_and_find_statuses_that_lie(ser
 async def test_attackers_together_have_a_process_each(servicer, port):
     names = ("large_text_1mb", "half_sent", "internal_ports")
     server = Target(f"127.0.0.1:{port}", os.getpid())
-    attack = all_at_once.all_at_once([ATTACKS[name] for name in names])
+    attack = all_at_once.all_at_once([ATTACKS[name] for name in names], niceness=7)
     before = psutil.Process().children()
     running = asyncio.create_task(attack.run(server, 3))
     found = set()
     while not running.done():
-        lines = [" ".join(child.cmdline()) for child in psutil.Process().children() if child.status() != "zombie"]
+        children = [child for child in psutil.Process().children() if child.status() != "zombie" and child.nice() == 7]
+        lines = [" ".join(child.cmdline()) for child in children]
         found |= {name for name in names for line in lines if f"all_at_once {name} 127.0.0.1:{port}" in line}
         await asyncio.sleep(0.05)
     seen = await running
@@ -249,10 +250,14 @@ def test_some_attacks_together(monkeypatch, capsys):
     together = []
     monkeypatch.setattr(attacks, "measure", measure)
     make = all_at_once.all_at_once
-    monkeypatch.setattr(all_at_once, "all_at_once", lambda chosen: together.append(chosen) or make(chosen))
-    assert attacks.run(["fair", "bursts", "--all-at-once", "7"]) == 0
+    monkeypatch.setattr(all_at_once, "all_at_once", lambda *args: together.append(args) or make(*args))
+    assert attacks.run(["fair", "bursts", "--all-at-once", "7", "--niceness", "19"]) == 0
     assert measured == [(all_at_once.NAME, 7.0)]
-    assert [[attack.name for attack in chosen] for chosen in together] == [["fair", "bursts"]]
+    assert [([attack.name for attack in chosen], niceness) for chosen, niceness in together] == [
+        (["fair", "bursts"], 19)
+    ]
+    assert attacks.run(["fair", "--niceness", "19"]) == 2
+    assert "--niceness needs --all-at-once" in capsys.readouterr().err
     assert attacks.run(["fair", "strangers", "--all-at-once", "7"]) == 2
     assert "cannot run 'strangers'" in capsys.readouterr().err
     assert attacks.run(["fair", "--all-at-once", "7", "--seconds", "5"]) == 2
