@@ -28,6 +28,7 @@ from expertwire.scheduler._compiled.blocks import END, IN_USE, UNHASHED
 from expertwire.scheduler._compiled.heap import WORTH
 
 _LINE = 64  # bytes of a cache line
+_WIDE_ROW = 1024  # lines, 64 KiB
 
 
 def aligned(count: int, dtype: np.dtype) -> np.ndarray:
@@ -42,14 +43,14 @@ def aligned_rows(num_rows: int, width: int, kind: type) -> np.ndarray:
     """Return zeros [num_rows, at least width] whose rows are an odd number of cache lines.
 
     With a power of two, the same columns of all rows would compete for a few places of the
-    processor's cache. What is never touched of a row takes no memory: numpy would ask for huge
-    pages, which the beginnings of rows fill with zeros of the rest.
+    processor's cache. What is never touched of a wide row takes no memory, as it lies in no huge page,
+    which the beginnings of rows would fill with zeros of the rest. In huge pages narrow rows are found sooner.
     """
     dtype = np.dtype(kind)
     num_lines = -(-width * dtype.itemsize // _LINE) | 1
     memory = mmap.mmap(-1, max(1, num_rows * num_lines * _LINE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE if num_lines < _WIDE_ROW else mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype, num_rows * num_lines * _LINE // dtype.itemsize).reshape(num_rows, -1)
 
 
