@@ -1,6 +1,6 @@
 """Completion of a step: its tokens let their requests go on, end, pause, or leave their slots.
 
-`rows` are rows of the running batch. O sampled tokens, V vocabulary.
+`rows` are rows of the running batch. O sampled tokens, V vocabulary, Z slots of all ranks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Completion:
         if len(outputs.failed_keys):
             self._fail(outputs.failed_keys.tolist())
         self._check_ids(rows_O, outputs)
-        kept_O = self._batch.paused_Z[rows_O]
-        if kept_O.any():
+        paused_Z = self._batch.paused_Z
+        if paused_Z.any() and (kept_O := paused_Z[rows_O]).any():
             rows_O, outputs = rows_O[~kept_O], self._pauses.keep_back(kept_O, outputs)
         self._finish(rows_O, outputs, now)
         return outputs
@@ -64,16 +64,15 @@ class Completion:
 
     def _finish(self, rows_O: np.ndarray, outputs: StepOutputs, now: float) -> None:
         """End the requests that these outputs complete, pause others, and suspend those that cannot go on."""
-        batch, finish_O = self._batch, outputs.finish_O
-        paused_O = finish_O == FinishReason.PAUSED
-        suspended_O = finish_O == SUSPENDED
-        if paused_O.any():
-            rows = rows_O[paused_O]
-            self._pauses.begin(rows, now)
-            suspended_O |= paused_O & (batch.num_known_Z[rows_O] >= batch.limit_Z[rows_O])
-        self._lifecycle.close(rows_O[(finish_O != 0) & ~paused_O & ~suspended_O])
-        finish_O[finish_O == SUSPENDED] = FinishReason.NONE
-        self._lifecycle.suspend(rows_O[suspended_O])
+        batch, stops = self._batch, np.flatnonzero(outputs.finish_O)
+        rows, finish = rows_O[stops], outputs.finish_O[stops]
+        paused, suspended = finish == FinishReason.PAUSED, finish == SUSPENDED
+        outputs.finish_O[stops[suspended]] = FinishReason.NONE
+        if paused.any():
+            self._pauses.begin(rows[paused], now)
+            suspended |= paused & (batch.num_known_Z[rows] >= batch.limit_Z[rows])
+        self._lifecycle.close(rows[~paused & ~suspended])
+        self._lifecycle.suspend(rows[suspended])
 
     def _fail(self, keys: list[int]) -> None:
         """End requests whose logits are not finite. Nobody is to find what they have computed."""

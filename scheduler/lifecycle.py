@@ -54,9 +54,7 @@ class Lifecycle:
 
     def find(self, key: int) -> Request | None:
         """Return the waiting, running or held request with this key, or None."""
-        if (request := self.running.get(key) or self.held.get(key) or self.groups.find(key)) is not None:
-            return request
-        return self.queue.get(key) if key in self.queue else None
+        return self.running.get(key) or self.held.get(key) or self.queue.find(key) or self.groups.find(key)
 
     def unfinished(self) -> list[int]:
         """Return the keys of all requests that are waiting, running or held."""
@@ -68,14 +66,13 @@ class Lifecycle:
         if not requests:
             return
         leader, *followers = requests
-        if leader.held:
-            for request in requests:
-                self.enqueue(request)
-            return
         self.enqueue(leader)
-        for follower in followers:
-            self.queue.number(follower)
-        if followers:
+        if leader.key in self.held:
+            for follower in followers:
+                self.enqueue(follower)
+        elif followers:
+            for follower in followers:
+                self.queue.number(follower)
             self.groups.add(leader, followers)
 
     def lead_others(self, key: int) -> None:

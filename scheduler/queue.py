@@ -56,6 +56,10 @@ class WaitingQueue:
         """Return the waiting request with this key."""
         return self._requests[key]
 
+    def find(self, key: int) -> Request | None:
+        """Return the waiting request with this key, or None."""
+        return self._requests.get(key)
+
     def lane(self, place: tuple[float, ...]) -> Iterator[Request]:
         """Iterate over the requests of this place in order, lazily; do not change the queue meanwhile."""
         for at in range(bisect_left(self._entries, (place,)), len(self._entries)):
@@ -81,8 +85,7 @@ class WaitingQueue:
 
     def discard(self, key: int) -> Request | None:
         """Remove and return the request with this key, or None."""
-        request = self._requests.get(key)
-        if request is not None:
+        if (request := self.find(key)) is not None:
             self.remove([request])
         return request
 

@@ -145,20 +145,20 @@ class Request:
     def pack(self, vocab_size: int) -> bytes:
         """Return the `REQUEST_DTYPE` record. A value that an i32 cannot hold is replaced by one of equal effect."""
         p, prompt_len = self.params, len(self.prompt)
-        min_tokens = min(p.min_tokens, self.limit - prompt_len)
+        min_tokens, next_limit = min(p.min_tokens, self.limit - prompt_len), self.next_limit
         return _RECORD.pack(
             self.key,
             self.order,
             self.priority,
             len(self.tokens),
             prompt_len,
-            self.next_limit,
+            next_limit,
             prompt_len + min_tokens,
             self.num_cached,
             not p.ignore_eos,
             bool(self.stop_ids),
             p.prompt_logprobs is None,
-            self.suspends,
+            next_limit < self.limit,
             len(self.pause_ids) > 0,
             self.seed,
             self.branch,

@@ -192,7 +192,7 @@ class Scheduler:
         request.place = self._policy.place(request, now)
         if request.credit is not None:
             request.credit_limit = len(request.tokens) + request.credit
-        for each in requests:
+        for each in requests[1:]:
             each.account, each.arrival, each.place = account, now, request.place
             each.is_long, each.outgrows_at = request.is_long, request.outgrows_at
             each.block_hashes, each.credit_limit = request.block_hashes, request.credit_limit
