@@ -199,7 +199,8 @@ def _hash_row(caches, blocks, batch, row, whole):
                 continue  # the state goes on
             number, last = owner * blocks.num_blocks + ids_B[index], (index + 1) * per_block - 1
             if blocks.block_B[number].chain == UNHASHED:
-                leave_snapshot(caches, blocks, batch, cache, row, index, number)
+                if blocks.owners[owner].weighs:
+                    leave_snapshot(caches, blocks, batch, cache, row, index, number)
                 set_block_hash(blocks, owner, number, hash_B2[last, 0], hash_B2[last, 1])
     batch.counters_Z[row].num_hashed = whole
 

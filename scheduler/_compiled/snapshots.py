@@ -92,7 +92,7 @@ def _num_shared(caches, blocks, batch, row, num_cached):
 
 @jit(inner=True)
 def leave_snapshot(caches, blocks, batch, cache, row, index, number):
-    """Note that block `number`, which gets its hash, keeps the state at the end of entry `index`.
+    """Note that block `number` of an owner that weighs, which gets its hash, keeps the state at the end of entry `index`.
 
     The snapshot before entry `index` is forgotten unless it lasts or somebody uses it: this one replaces it.
     """
@@ -101,8 +101,6 @@ def leave_snapshot(caches, blocks, batch, cache, row, index, number):
         batch.snapshots_Z[row],
         caches.hashes_C[cache],
     )
-    if not blocks.owners[owner].weighs:
-        return
     end = (index + 1) * caches.size_C[cache]
     gain, last, kept.last_kept = end - kept.last_kept, kept.last_kept // batch.block_size - 1, end
     before = np.int32(NONE)
