@@ -16,6 +16,7 @@ u64.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +51,8 @@ def aligned_rows(num_rows: int, width: int, kind: type) -> np.ndarray:
     num_lines = -(-width * dtype.itemsize // _LINE) | 1
     memory = mmap.mmap(-1, max(1, num_rows * num_lines * _LINE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE if num_lines < _WIDE_ROW else mmap.MADV_NOHUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages refuses the advice
+            memory.madvise(mmap.MADV_HUGEPAGE if num_lines < _WIDE_ROW else mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype, num_rows * num_lines * _LINE // dtype.itemsize).reshape(num_rows, -1)
 
 
