@@ -74,6 +74,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.widen < 1:
+        parser.error(f"--widen must be at least 1, got {args.widen}")
     ways = strategies(args.branches)
     rows: dict[str, list[dict[str, Any]]] = {}
     with widened(args.widen) as folder, LLM(folder, max_num_seqs=args.slots, enable_prefix_caching=False) as llm:
@@ -102,8 +104,7 @@ def main() -> int:
 @contextlib.contextmanager
 def widened(factor: int) -> Iterator[Path]:
     """Yield a folder with the demo model, whose experts have `factor` times the width; all that is added is zero."""
-    if factor < 1:
-        raise ValueError(f"widen must be at least 1, got {factor}")
+    assert factor >= 1, f"experts of {factor} times their width"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(_DEMO, folder, dirs_exist_ok=True)

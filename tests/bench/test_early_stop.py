@@ -1,12 +1,13 @@
 """The demo model with wider experts: the same function, more to compute."""
 
 import json
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 
-from expertwire.bench.serving.early_stop import widened
+from expertwire.bench.serving.early_stop import main, widened
 
 
 def expert(folder, x_H):
@@ -28,6 +29,8 @@ def test_wider_experts_compute_the_same():
     assert expected.abs().max() > 0
 
 
-def test_a_width_below_one_is_refused():
-    with pytest.raises(ValueError, match="widen must be at least 1, got 0"), widened(0):
-        pass
+def test_a_width_below_one_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["early_stop", "--widen", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--widen must be at least 1, got 0" in capsys.readouterr().err
